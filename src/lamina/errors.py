@@ -1,0 +1,106 @@
+"""Every error that Lamina raises on purpose.
+
+A message says what happened, lists all that is wrong, and ends with the call that mends it.
+Each class also derives from the builtin that callers of such an API already catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LaminaError(Exception):
+    """The base of all errors: `what` happened, the `faults` found, and the `cure`.
+
+    Args:
+        what: one sentence that names the offending thing.
+        faults: everything that is wrong, a line each; all of them, not only the first.
+        cure: the call or command that mends it.
+    """
+
+    def __init__(self, what: str, *, faults: Sequence[str] = (), cure: str | None = None) -> None:
+        self.what = what
+        self.faults = tuple(faults)
+        self.cure = cure
+        super().__init__(what, self.faults, cure)
+
+    def __str__(self) -> str:
+        lines = [self.what, *(f"  - {fault}" for fault in self.faults)]
+        if self.cure:
+            lines.append(f"To mend it: {self.cure}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.what, self.faults, self.cure))
+
+
+def _rebuild(
+    kind: type[LaminaError], what: str, faults: tuple[str, ...], cure: str | None
+) -> LaminaError:
+    return kind(what, faults=faults, cure=cure)
+
+
+class ConfigError(LaminaError, ValueError):
+    """An adapter's settings contradict each other or can't be read."""
+
+
+class UnsupportedFieldError(ConfigError, TypeError):
+    """A field of a config asks for something that Lamina does not do; it is never ignored."""
+
+
+class TargetError(LaminaError, ValueError):
+    """A pattern matches nothing, or the targets can't be adapted."""
+
+
+class UnsupportedTargetError(TargetError):
+    """A pattern hits modules that have no weights to adapt, or weights of an unknown kind."""
+
+
+class AlreadyAdaptedError(LaminaError, ValueError):
+    """The model already has adapters; starting over would nest or wipe them."""
+
+
+class AdapterNameError(LaminaError, ValueError, KeyError):
+    """An adapter's name is unknown, taken or not usable as a name."""
+
+    __str__ = LaminaError.__str__
+
+
+class FoldError(LaminaError, ValueError):
+    """An update can't be added to the base weights, or can't be taken out again."""
+
+
+class CheckpointError(LaminaError, ValueError):
+    """An adapter directory can't be read or written."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A file that an adapter needs is not there."""
+
+    __str__ = LaminaError.__str__
+
+
+class KeyMismatchError(CheckpointError, RuntimeError):
+    """The tensors in a file and the adapter weights in the model are not the same set."""
+
+
+class RecordError(CheckpointError):
+    """A stage record can't be understood, or contradicts the tensors beside it."""
+
+
+class StageError(LaminaError, ValueError):
+    """A stage can't be begun or saved as asked."""
+
+
+class PreflightError(LaminaError, RuntimeError):
+    """Training would run, and train nothing or the wrong thing."""
+
+
+class MissingExtraError(LaminaError, ImportError):
+    """A feature needs an optional package that is not installed."""
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 1) -> list[str]:
+    """The `count` candidates spelled most like `name`, best first; empty when none is close."""
+    return difflib.get_close_matches(name, sorted(set(candidates)), n=count, cutoff=0.5)
