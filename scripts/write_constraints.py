@@ -13,7 +13,7 @@ SKIPPED = {"lamina", "pip", "setuptools", "wheel"}
 OLDEST, NEXT = "3.10", "3.11"
 HEADER = f"""\
 # The releases that the tests run with; written by `make pins`.
-# A release that has dropped Python {OLDEST} is pinned from {NEXT} on; below, the newest that fits is taken.
+# On Python {OLDEST} the pins that have dropped it are left out: pip takes the newest that fits.
 """
 
 
