@@ -1,0 +1,1 @@
+"""Adapters on disk: found, read strictly, written whole or not at all."""

@@ -1,0 +1,148 @@
+"""Hidden directories beside a target: named, marked as in use, and swept away when abandoned.
+
+A save in progress holds a lock on its directory, which the system releases at its death, however
+it dies. So a staging directory without a lock is nobody's, whatever process ids have been reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+# Where the filesystem has no locks, only the age tells: no save takes a day.
+_ABANDONED_AFTER_S = 24 * 3600.0
+# Publishing takes milliseconds, a second where there are thousands of files to carry over.
+_TURN_S = 30.0
+
+
+def hidden_sibling(target: Path, kind: str, folder: Path | None = None) -> Path:
+    """A free name `.NAME.KIND-PID-xxxxxxxx` for `target`, beside it or in `folder`."""
+    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return (folder or target.parent) / f".{_stem(target)}.{kind}-{token}"
+
+
+def hidden_siblings(target: Path, kind: str, folder: Path | None = None) -> list[Path]:
+    """All directories that `hidden_sibling` named for `target`, of any process, newest last."""
+    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.{kind}-\d+-[0-9a-f]{{8}}")
+    found = []
+    with suppress(OSError), os.scandir(folder or target.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                found.append((entry.stat().st_ctime, Path(entry.path)))
+    return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def staging_directory(target: Path, folder: Path) -> Iterator[Path]:
+    """A new locked directory in `folder` for `target`; whatever lies there at the end is removed.
+
+    Raises:
+        OSError: `folder` can't be written.
+    """
+    while True:
+        staging = hidden_sibling(target, "saving", folder)
+        os.mkdir(staging)
+        with held(staging) as ours:
+            # A sweep that came between the two lines above has taken it for abandoned.
+            if ours is False or not staging.is_dir():
+                continue
+            try:
+                yield staging
+            finally:
+                remove_tree(staging)
+            return
+
+
+@contextmanager
+def held(directory: Path, patience_s: float = 0.0) -> Iterator[bool | None]:
+    """Mark `directory` as in use until the end, at a new path too if it is renamed meanwhile.
+
+    Yields True if it is ours now, False if another still holds it after `patience_s` seconds,
+    None where there are no locks.
+    """
+    descriptor = _open_directory(directory)
+    deadline = time.monotonic() + patience_s
+    try:
+        ours = None if descriptor is None else _try_lock(descriptor)
+        while descriptor is not None and ours is False and time.monotonic() < deadline:
+            time.sleep(0.005)
+            ours = _try_lock(descriptor)
+        yield ours
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def turn_to_publish(target: Path) -> Iterator[None]:
+    """Let the saves that end at the same moment in one folder publish one after the other."""
+    # A save within another's staging directory has it to itself, and its lock is taken.
+    private = re.search(r"\.saving-\d+-[0-9a-f]{8}$", target.parent.name)
+    with held(target.parent, 0.0 if private else _TURN_S):
+        yield
+
+
+def sweep(target: Path) -> None:
+    """Remove what dead saves of `target` left behind, beside it and inside it."""
+    leftovers = hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
+    if os.path.lexists(target):
+        # Without the target an old tree is not rubbish but the only copy.
+        leftovers += hidden_siblings(target, "old")
+    for leftover in leftovers:
+        with held(leftover) as ours:
+            if ours or (ours is None and _age(leftover) > _ABANDONED_AFTER_S):
+                remove_tree(leftover)
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete `directory` with all in it, as far as that is permitted; it may be gone already."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.is_dir():
+        return
+    for folder, _, _ in os.walk(directory):
+        with suppress(OSError):
+            os.chmod(folder, 0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _stem(target: Path) -> str:
+    # Room for the rest of the name: filesystems allow 255 bytes.
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
+
+
+def _open_directory(directory: Path) -> int | None:
+    try:
+        return os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _age(directory: Path) -> float:
+    try:
+        return time.time() - directory.stat().st_ctime
+    except OSError:
+        return 0.0
