@@ -1,0 +1,1 @@
+"""The demo: a small model taken through three stages of real text."""
