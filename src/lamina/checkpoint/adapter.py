@@ -1,0 +1,147 @@
+"""One adapter on disk: its config, its tensors, its stage record if it has one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
+from lamina.errors import CheckpointError, MissingFileError
+from lamina.storage.source import AdapterFiles, PathOrId, find_adapter
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as it was read.
+
+    Attributes:
+        source: where it came from, for messages.
+        config: its config.
+        tensors: name on disk -> tensor.
+        metadata: the strings in the header of the safetensors file.
+    """
+
+    source: str
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_adapter(
+    path_or_id: PathOrId,
+    *,
+    config: PeftConfig | None = None,
+    device: str | torch.device = "cpu",
+    **where: Any,
+) -> AdapterFile:
+    """Read an adapter from a directory or a hub repository.
+
+    Args:
+        path_or_id: the directory, or the repository's id.
+        config: taken in place of the one in the file.
+        device: where the tensors go; files are mapped, not copied, on the CPU.
+        where: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`,
+            `force_download`, `allow_pickle`; see `lamina.storage.source.find_adapter`.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or a pickle that was not asked for.
+    """
+    files = find_adapter(path_or_id, **where)
+    if config is None:
+        config = PeftConfig.from_dict(
+            PeftConfig.from_json_file(files.config), source=str(files.config)
+        )
+    tensors, metadata = _read_weights(files, torch.device(device))
+    return AdapterFile(files.root, cast(LoraConfig, config), tensors, metadata)
+
+
+def _read_weights(
+    files: AdapterFiles, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in files.weights:
+        if files.pickle:
+            tensors.update(_read_pickle(path, device))
+            continue
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as opened:
+                metadata.update(opened.metadata() or {})
+                tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} can't be read as safetensors: {error}",
+                cure="save or download the adapter again; the file is incomplete or damaged",
+            ) from error
+    return tensors, metadata
+
+
+def _read_pickle(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        # torch raises whatever the file makes it raise.
+        raise CheckpointError(f"{path} can't be read as weights: {error}") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(v, torch.Tensor) for v in loaded.values()
+    ):
+        raise CheckpointError(f"{path} holds something other than named tensors.")
+    return cast("dict[str, torch.Tensor]", loaded)
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Names, dtypes and shapes of the tensors in a safetensors file, and its strings; no torch.
+
+    Raises:
+        CheckpointError: the header is not one.
+    """
+    try:
+        with path.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > _MAX_HEADER:
+                raise CheckpointError(f"{path} has a header of {length} bytes: it is damaged.")
+            header = json.loads(opened.read(length))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"There is no {path}.") from error
+    except (OSError, ValueError, struct.error, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    metadata = header.pop("__metadata__", {}) or {}
+    return header, metadata
+
+
+def write_adapter(
+    directory: Path,
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the two files of an adapter into a directory that nobody reads yet.
+
+    Make it whole or not at all by writing inside `lamina.storage.atomic.atomic_directory`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: _own(tensor) for key, tensor in tensors.items()},
+        directory / WEIGHTS_NAME,
+        metadata={"format": "pt", **(metadata or {})},
+    )
+    (directory / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        raise CheckpointError("The adapter has weights on the meta device: nothing to save yet.")
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole and tensor.is_contiguous() else tensor.clone().contiguous()

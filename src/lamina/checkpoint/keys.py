@@ -1,0 +1,181 @@
+"""Names of an adapter's tensors: in the model <-> on disk, one to one.
+
+On disk a name is `<prefix><plain module name>.<leaf>`, for instance
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`: the adapter's name and whatever
+torch wraps around modules (compile, FSDP, data parallel) are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+from lamina.engine.names import places
+from lamina.engine.state import AdapterState
+
+PREFIX = "base_model.model."
+_WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
+)
+_PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_NAMED_FACTOR = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.(weight|bias)$")
+_NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.([^.]+)$")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of an adapter lives in a model.
+
+    Attributes:
+        module: plain name of the module that it belongs to.
+        leaf: its name inside the module on disk, such as `lora_A.weight`.
+        kind: "factor", "saved" (of a module trained whole) or "bias" (of the base).
+        tensor: what is there now; on the meta device if it is still to be filled.
+        put: makes a tensor of the right shape the new value.
+    """
+
+    module: str
+    leaf: str
+    kind: str
+    tensor: torch.Tensor
+    put: Callable[[torch.Tensor], None]
+
+
+def slots(model: nn.Module, adapter: str, state: AdapterState) -> dict[str, Slot]:
+    """Name on disk -> slot, for every tensor of an adapter.
+
+    Args:
+        model: the adapted model; of a `PeftModel` the names begin with `base_model.model.`.
+        adapter: the adapter's whole name.
+        state: the model's shared state.
+    """
+    found: dict[str, Slot] = {}
+    seen: set[int] = set()
+    bias_names: dict[str, str] = {}
+    for place in places(model):
+        layer = place.module
+        bias_names[place.name] = _join(place.name, "bias")
+        if isinstance(layer, LoraLayer):
+            bias_names[place.name] = _join(place.name, "base_layer.bias")
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        for slot in _slots_of(layer, place.name, adapter):
+            found[_join(slot.module, slot.leaf)] = slot
+    found.update(_bias_slots(state, adapter, bias_names))
+    return found
+
+
+def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
+    if isinstance(layer, LoraLayer) and adapter in layer.records:
+        for leaf, parameter in layer.tensors(adapter).items():
+            yield Slot(name, leaf, "factor", parameter, _factor_setter(layer, adapter, leaf))
+    if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
+        for leaf, tensor in layer.tensors(adapter).items():
+            yield Slot(name, leaf, "saved", tensor, _copier(tensor))
+
+
+def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:
+    def put(value: torch.Tensor) -> None:
+        current = layer.tensors(adapter)[leaf]
+        if current.is_meta:
+            device = layer.weight_view.device
+            layer.assign(adapter, leaf, value.to(device=device, dtype=current.dtype))
+        else:
+            current.data.copy_(value)
+
+    return put
+
+
+def _copier(tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def put(value: torch.Tensor) -> None:
+        tensor.data.copy_(value)
+
+    return put
+
+
+def _bias_slots(state: AdapterState, adapter: str, keys: dict[str, str]) -> dict[str, Slot]:
+    found = {}
+    for name, value in state.biases.of(adapter).items():
+        # State knows names inside the base model, keys those inside the model that was given.
+        module = name.rpartition(".")[0]
+        match = next((key for key in (module, PREFIX + module) if key in keys), module)
+        key = keys.get(match, _join(match, "bias"))
+        found[key] = Slot(match, key.removeprefix(f"{match}."), "bias", value, _copier(value))
+    return found
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if module else leaf
+
+
+def plain_key(key: str) -> str:
+    """A name from a file without what torch's wrappers and adapter names put into it."""
+    key = _WRAPPERS.sub("", key)
+    key = _NAMED_FACTOR.sub(r".\1.\3", key)
+    return _NAMED_EMBEDDING.sub(r".\1", key)
+
+
+def disk_key(key: str, adapter: str) -> str | None:
+    """The name on disk of an entry of a model's `state_dict`; None if it isn't of this adapter."""
+    key = _WRAPPERS.sub("", key)
+    parts = key.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if parts[index + 1] != adapter:
+            continue
+        if part in _PLACES:
+            return ".".join([*parts[: index + 1], *parts[index + 2 :]])
+        if part == "modules_to_save":
+            return ".".join([*parts[:index], *parts[index + 2 :]])
+    return key if parts[-1] == "bias" else None
+
+
+def map_keys(keys: Iterable[str], mapping: dict[str, str]) -> dict[str, str]:
+    """Every key -> itself after the first regular expression of `mapping` that changes it."""
+    patterns = [(re.compile(pattern), to) for pattern, to in mapping.items()]
+    renamed = {}
+    for key in keys:
+        changed = (pattern.sub(to, key) for pattern, to in patterns if pattern.search(key))
+        renamed[key] = next(changed, key)
+    return renamed
+
+
+def suggest_mapping(file_keys: Iterable[str], model_keys: Iterable[str]) -> dict[str, str]:
+    """The prefixes that would have to be exchanged for a file's names to become a model's.
+
+    Returns:
+        {} if no exchange of prefixes makes a file's name one of the model's; else a mapping for
+        `key_mapping`, from a regular expression to its replacement.
+    """
+    wanted = set(model_keys)
+    by_suffix: dict[str, str] = {}
+    for key in wanted:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            by_suffix.setdefault(".".join(parts[start:]), ".".join(parts[:start]))
+    found: dict[str, str] = {}
+    votes: dict[tuple[str, str], int] = {}
+    for key in file_keys:
+        if key in wanted:
+            continue
+        parts = key.split(".")
+        for start in range(len(parts)):
+            suffix = ".".join(parts[start:])
+            if suffix in by_suffix and _specific(suffix):
+                pair = (".".join(parts[:start]), by_suffix[suffix])
+                votes[pair] = votes.get(pair, 0) + 1
+                break
+    for (old, new), _ in sorted(votes.items(), key=lambda item: -item[1])[:4]:
+        found.setdefault(rf"^{re.escape(old)}\." if old else "^", f"{new}." if new else "")
+    return found
+
+
+def _specific(suffix: str) -> bool:
+    # `lora_A.weight` alone would fit everywhere.
+    head = suffix.split(".", maxsplit=1)[0]
+    return not head.startswith("lora_") and head not in ("weight", "bias", "base_layer")

@@ -1,0 +1,132 @@
+"""Fill a model's adapter from named tensors: strict, counted, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lamina.checkpoint.keys import PREFIX, Slot, map_keys, plain_key, slots
+from lamina.checkpoint.report import LoadReport, mismatch_error
+from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.names import places
+from lamina.engine.state import AdapterState
+
+_B_LEAVES = ("lora_B.weight", "lora_embedding_B")
+
+
+def fill_adapter(
+    model: nn.Module,
+    adapter: str,
+    state: AdapterState,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    key_mapping: dict[str, str] | None = None,
+    source: str = "this state dict",
+) -> LoadReport:
+    """Put tensors from a file into the places of an adapter that is in the model already.
+
+    Args:
+        model: the model.
+        adapter: the adapter's name.
+        state: the model's shared state.
+        tensors: name on disk -> tensor. Wrapper prefixes, adapter names inside the names and a
+            missing or extra `base_model.model.` are understood.
+        strict: refuse unless every tensor lands and every adapter weight is filled.
+        ignore_mismatched_sizes: skip tensors of another shape, and report them.
+        key_mapping: regular expression -> replacement, applied to the file's names.
+        source: what to call the file in messages.
+
+    Raises:
+        KeyMismatchError: nothing has been changed.
+    """
+    wanted = slots(model, adapter, state)
+    given = _renamed(tensors, wanted, key_mapping or {})
+    base = _base_tensors(model, given, wanted)
+    matched = {key: slot for key, slot in wanted.items() if key in given}
+    wrong = [
+        (key, tuple(given[key].shape), tuple(slot.tensor.shape))
+        for key, slot in matched.items()
+        if given[key].shape != slot.tensor.shape
+    ]
+    for key, _, _ in wrong:
+        del matched[key]
+    zero = [
+        key
+        for key, slot in matched.items()
+        if slot.leaf in _B_LEAVES and not bool(given[key].any())
+    ]
+    report = LoadReport(
+        loaded=tuple(matched),
+        missing_keys=sorted(wanted.keys() - given.keys()),
+        unexpected_keys=sorted(given.keys() - wanted.keys() - base.keys()),
+        mismatched_keys=wrong,
+        base_keys=tuple(base),
+        zero_B=tuple(zero),
+        count_B=sum(slot.leaf in _B_LEAVES for slot in wanted.values()),
+    )
+    refused = bool(wrong) and not ignore_mismatched_sizes
+    if refused or (strict and (report.missing_keys or report.unexpected_keys)):
+        raise mismatch_error(report, source, list(given), list(wanted))
+    _begin_unfilled(model, adapter, wanted, matched)
+    _put(matched, base, given)
+    return report
+
+
+def _begin_unfilled(
+    model: nn.Module, adapter: str, wanted: dict[str, Slot], matched: dict[str, Slot]
+) -> None:
+    """Give weights that no tensor fills, and that don't exist yet, their initial values."""
+    unfilled = {s.module for key, s in wanted.items() if key not in matched and s.tensor.is_meta}
+    if not unfilled:
+        return
+    for path, layer in lora_layers(model):
+        if path in unfilled:
+            layer.initialise(adapter, layer.adapter_state.configs[adapter].init_lora_weights)
+
+
+@torch.no_grad()
+def _put(
+    matched: dict[str, Slot], base: dict[str, nn.Parameter], given: Mapping[str, torch.Tensor]
+) -> None:
+    for key, slot in matched.items():
+        slot.put(given[key])
+    for key, parameter in base.items():
+        parameter.data.copy_(given[key])
+
+
+def _renamed(
+    tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, Slot], mapping: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """The tensors under the names that the model uses, as far as that is sure."""
+    renamed = map_keys(tensors, mapping)
+    plain = {plain_key(renamed[key]): tensor for key, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        # Two adapters in one file, say: names that differ only in what is left out.
+        plain = {renamed[key]: tensor for key, tensor in tensors.items()}
+    model_has = any(key.startswith(PREFIX) for key in wanted)
+    file_has = any(key.startswith(PREFIX) for key in plain)
+    if model_has and not file_has:
+        return {PREFIX + key: tensor for key, tensor in plain.items()}
+    if file_has and not model_has:
+        return {key.removeprefix(PREFIX): tensor for key, tensor in plain.items()}
+    return plain
+
+
+def _base_tensors(
+    model: nn.Module, given: Mapping[str, torch.Tensor], wanted: Mapping[str, Slot]
+) -> dict[str, nn.Parameter]:
+    """Weights of the base that a file brings along: PEFT saves adapted embeddings whole."""
+    if all(key in wanted for key in given):
+        return {}
+    found = {}
+    for place in places(model):
+        inner = "base_layer." if isinstance(place.module, LoraLayer) else ""
+        for leaf, parameter in place.original.named_parameters(recurse=False):
+            key = f"{place.name}.{inner}{leaf}"
+            if key in given and key not in wanted and given[key].shape == parameter.shape:
+                found[key] = parameter
+    return found

@@ -1,0 +1,185 @@
+"""The stage record: whose ranks are whose, in the header of the adapter's safetensors file.
+
+An adapter with a record is laminated: its rank dimension is divided among laminae, the groups of
+ranks that one stage began and that later ones may have continued. A tool that drops the record
+leaves a plain adapter that computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lamina.errors import RecordError
+
+KEY = "lamina"
+FORMAT_VERSION = 1
+
+Mode = Literal["fresh", "continue", "stack", "merge"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Base(_Part):
+    """The base model, as far as it is known without its weights.
+
+    Attributes:
+        name_or_path: what it was loaded from; None if it was built in memory.
+        revision: of the hub repository.
+        model_class: the class of the model, e.g. "LlamaForCausalLM".
+        dtype: of most of its parameters while the stage was trained, e.g. "bfloat16".
+        quantization: the quantiser it was loaded with; None for a dense base.
+        vocab_size: rows of its input embedding.
+        parameters: number of its parameters.
+        shapes: SHA-256 of the sorted names and shapes of its parameters.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    model_class: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    vocab_size: int | None = None
+    parameters: int | None = None
+    shapes: str | None = None
+
+
+class Lamina(_Part):
+    """A group of ranks: the part of the adapter that one stage began.
+
+    Attributes:
+        stage: the stage that trained it last.
+        config: the adapter config of that stage, as in `adapter_config.json`.
+        ranks: plain module name -> its rank there. In the file, the ranks of a module are those of
+            the laminae in their order.
+        scaling: plain module name -> its own scaling there, where it is not the file's.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    ranks: dict[str, int]
+    scaling: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("ranks")
+    @classmethod
+    def _positive(cls, ranks: dict[str, int]) -> dict[str, int]:
+        if any(rank <= 0 for rank in ranks.values()):
+            raise ValueError("a rank is a positive integer")
+        return ranks
+
+
+class Stage(_Part):
+    """One stage of the chain.
+
+    Attributes:
+        name: unique in the chain.
+        mode: how it was begun; "fresh" is the first of a chain.
+        created: UTC time at which it was saved, ISO 8601.
+        metrics: what was measured, by name.
+        data: what it was trained on, as the caller described it.
+        base: the base it was trained on.
+        versions: of lamina, torch and transformers.
+    """
+
+    name: str
+    mode: Mode
+    created: str | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    data: Any = None
+    base: Base = Field(default_factory=Base)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class StageRecord(_Part):
+    """The chain that an adapter holds.
+
+    Attributes:
+        format_version: of this record; a newer one than is known is refused.
+        stages: all stages, oldest first.
+        laminae: the groups of ranks, in the order in which they lie in the file.
+        saved_modules: module trained whole -> the stage whose copy the file holds.
+        biases: bias of the base -> the stage whose values the file holds.
+        lora_bias: the stage of the lamina that carries the sum of the biases of B; None without.
+    """
+
+    format_version: int = FORMAT_VERSION
+    stages: tuple[Stage, ...]
+    laminae: tuple[Lamina, ...]
+    saved_modules: dict[str, str] = Field(default_factory=dict)
+    biases: dict[str, str] = Field(default_factory=dict)
+    lora_bias: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageRecord:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ValueError("a chain has at least one stage")
+        if len(set(names)) != len(names):
+            raise ValueError("two stages have the same name")
+        pointers = [
+            *(lamina.stage for lamina in self.laminae),
+            *self.saved_modules.values(),
+            *self.biases.values(),
+            *([self.lora_bias] if self.lora_bias else []),
+        ]
+        unknown = sorted(set(pointers) - set(names))
+        if unknown:
+            raise ValueError(f"there is no stage {', '.join(map(repr, unknown))} in the chain")
+        return self
+
+    @property
+    def newest(self) -> Stage:
+        """The last stage."""
+        return self.stages[-1]
+
+    def to_metadata(self) -> dict[str, str]:
+        """The entry for the header of a safetensors file."""
+        return {KEY: self.model_dump_json(exclude_defaults=False)}
+
+
+def read_record(metadata: dict[str, str], *, source: str = "this file") -> StageRecord | None:
+    """The record in a safetensors header; None if there is none.
+
+    Raises:
+        RecordError: it was written by a newer version, or is damaged.
+    """
+    text = metadata.get(KEY)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"The stage record of {source} is not JSON: {error}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RecordError(
+            f"The stage record of {source} has version {version}; this Lamina knows versions up to "
+            f"{FORMAT_VERSION}.",
+            cure="pip install --upgrade lamina; the weights themselves open in any PEFT reader",
+        )
+    try:
+        return StageRecord.model_validate(values)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'record'}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        raise RecordError(
+            f"The stage record of {source} is damaged.",
+            faults=faults,
+            cure="open it as a plain adapter with PeftModel.from_pretrained, or save it again",
+        ) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the record, for tools that read it elsewhere."""
+    schema = StageRecord.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"lamina-stage-record-{FORMAT_VERSION}",
+        **schema,
+    }

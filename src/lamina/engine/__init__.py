@@ -1,0 +1,1 @@
+"""Low-rank updates inside a torch model; knows no file, stage, trainer or terminal."""

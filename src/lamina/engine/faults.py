@@ -1,0 +1,62 @@
+"""How a plan's faults are told: what was hit or missed, what is nearest, what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from lamina.config import LoraConfig
+from lamina.engine.names import suffixes
+from lamina.errors import TargetError, UnsupportedTargetError, nearest
+
+_SHOWN = 8
+
+
+def unsupported(name: str, module: nn.Module, pattern: str, in_attention: bool) -> str:
+    """One line on a module that a pattern hit and that can't be adapted."""
+    kind = type(module).__name__
+    hit = f"{name} ({kind}), hit by {pattern!r}"
+    if isinstance(module, (nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+        return f"{hit}, has no weights to adapt; the dropout of LoRA itself is lora_dropout"
+    if in_attention:
+        return f"{hit}, is read by nn.MultiheadAttention behind the back of any layer around it"
+    if next(module.parameters(), None) is None:
+        return f"{hit}, has no weights to adapt"
+    if next(module.children(), None) is not None:
+        return f"{hit}, is a container; name the layers in it"
+    return f"{hit}, is no linear, embedding or convolution layer"
+
+
+def silent_patterns(field: str, patterns: Sequence[str], names: Collection[str]) -> list[str]:
+    """A line for each pattern that matched nothing."""
+    endings = {ending for name in names for ending in suffixes(name)} if patterns else set()
+    return [f"{field}: {p!r} matched 0 modules{_hint(p, endings)}" for p in patterns]
+
+
+def _hint(pattern: str, endings: set[str]) -> str:
+    close = nearest(pattern, endings)
+    return f"; nearest: {close[0]!r}" if close else ""
+
+
+def plan_error(
+    faults: list[str], unsupported_hits: list[str], linear: Iterable[str], config: LoraConfig
+) -> TargetError:
+    """The one error that lists everything."""
+    shown = unsupported_hits[:_SHOWN]
+    if len(unsupported_hits) > _SHOWN:
+        shown.append(f"and {len(unsupported_hits) - _SHOWN} more of the same kind")
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    have = f"the linear layers here are {leaves}" if leaves else "the model has no linear layers"
+    cure = f"choose target_modules that exist ({have}), or target_modules='all-linear'"
+    if unsupported_hits:
+        return UnsupportedTargetError(
+            f"target_modules hits {len(unsupported_hits)} module(s) that can't be adapted.",
+            faults=[*shown, *faults],
+            cure=cure,
+        )
+    return TargetError(
+        f"This {type(config).__name__} doesn't fit the model: {len(faults)} fault(s).",
+        faults=faults,
+        cure=cure,
+    )

@@ -1,0 +1,193 @@
+"""Fold adapters into a model's base weights, and take them out again, as one step.
+
+Sums are in fp32 with one rounding at the end. Everything that could refuse is asked before the
+first weight is changed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lamina.engine.inject import strip
+from lamina.engine.layers import LoraLayer, lora_layers, saved_modules
+from lamina.engine.names import Place, places
+from lamina.engine.state import AdapterState
+from lamina.errors import FoldError
+
+_SHOWN = 8
+
+
+def fold(
+    model: nn.Module,
+    state: AdapterState,
+    names: Iterable[str] | None = None,
+    *,
+    safe: bool = False,
+    keep_unfolded: bool = True,
+) -> list[str]:
+    """Add adapters to the base weights of all their layers.
+
+    Args:
+        model: the adapted model.
+        state: its shared state.
+        names: the adapters; None means the active ones. Those already folded in are skipped.
+        safe: look for NaN and Inf in all results before any weight is changed.
+        keep_unfolded: keep the weights as they were for a bit-exact `unfold`.
+
+    Returns:
+        The adapters that were folded in now.
+
+    Raises:
+        FoldError: a weight can't be written, or a result is not finite; nothing was changed.
+    """
+    wanted = state.check_known(state.active if names is None else names)
+    work = list(_to_fold(model, wanted))
+    _check_foldable(model, work)
+    if safe:
+        _check_finite(work)
+    for _, layer, missing in work:
+        layer.fold(missing, keep_unfolded=keep_unfolded)
+    done = {name for _, _, missing in work for name in missing}
+    return [name for name in wanted if name in done]
+
+
+def _to_fold(
+    model: nn.Module, wanted: tuple[str, ...]
+) -> Iterator[tuple[str, LoraLayer, list[str]]]:
+    for path, layer in lora_layers(model):
+        missing = [n for n in wanted if n in layer.records and n not in layer.merged_adapters]
+        if missing:
+            yield path, layer, missing
+
+
+def check_foldable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse, changing nothing, if any layer of these adapters can't be folded into.
+
+    Raises:
+        FoldError: with the layers and the reason for each.
+    """
+    _check_foldable(model, list(_to_fold(model, tuple(names))))
+
+
+def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]]]) -> None:
+    tied = _tied_weights(model)
+    reasons = [
+        (path, tied.get(id(layer.base_layer)) or layer.why_not_foldable())
+        for path, layer, _ in work
+    ]
+    faults = [f"{path}: {reason}" for path, reason in reasons if reason]
+    if faults:
+        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+        raise FoldError(
+            f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
+            faults=[*faults[:_SHOWN], *more],
+            cure="leave the adapter unfolded (mode 'stack'), or load the base dense, in bf16 or fp32",
+        )
+
+
+def _tied_weights(model: nn.Module) -> dict[int, str]:
+    """id of a module -> why its weight can't be changed alone, where modules share a weight."""
+    holders: dict[int, list[Place]] = defaultdict(list)
+    for place in places(model):
+        weight = place.original._parameters.get("weight")
+        if weight is not None:
+            holders[id(weight)].append(place)
+    return {
+        id(place.original): f"its weight is tied to {other.name}, which it would change too"
+        for group in holders.values()
+        for place in group
+        for other in group
+        if other.original is not place.original
+    }
+
+
+def _check_finite(work: list[tuple[str, LoraLayer, list[str]]]) -> None:
+    faults = []
+    for path, layer, missing in work:
+        dtype = layer.weight_view.dtype
+        results = [part.to(dtype) for part in layer.folded(missing) if part is not None]
+        if not all(bool(torch.isfinite(part).all()) for part in results):
+            faults.append(f"{path} with {', '.join(map(repr, missing))}")
+    if faults:
+        raise FoldError(
+            f"NaN or Inf would come out in {len(faults)} layer(s); nothing was changed.",
+            faults=faults[:_SHOWN],
+            cure="look for the adapter that is broken; train it again with a lower learning rate",
+        )
+
+
+def unfold(model: nn.Module) -> None:
+    """Give all base weights back as they were, bit for bit.
+
+    Raises:
+        FoldError: some were folded without being kept; then nothing is changed.
+    """
+    layers = [(path, layer) for path, layer in lora_layers(model) if layer.merged_adapters]
+    lost = [path for path, layer in layers if not layer.can_unfold]
+    if lost:
+        raise FoldError(
+            f"{len(lost)} layers were folded without keeping their weights.",
+            faults=lost[:_SHOWN],
+            cure="load the base model again",
+        )
+    for _, layer in layers:
+        layer.unfold()
+
+
+def folded_adapters(model: nn.Module) -> list[str]:
+    """The adapters that are folded in anywhere, in the order of folding."""
+    names = (name for _, layer in lora_layers(model) for name in layer.merged_adapters)
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def as_base(model: nn.Module, state: AdapterState) -> Iterator[None]:
+    """The model answers as its base for a while: adapters off, folded ones taken out.
+
+    Whatever was folded, active and trainable is so again afterwards, bit for bit.
+    """
+    folded = {path: list(layer.merged_adapters) for path, layer in lora_layers(model)}
+    if any(folded.values()):
+        unfold(model)
+    try:
+        with state.while_disabled():
+            yield
+    finally:
+        for path, layer in lora_layers(model):
+            if folded.get(path):
+                layer.fold(folded[path])
+
+
+def merge_and_unload(
+    model: nn.Module,
+    state: AdapterState,
+    names: Iterable[str] | None = None,
+    *,
+    safe: bool = False,
+) -> nn.Module:
+    """The plain model with adapters (None: the active ones) folded in for good."""
+    wanted = state.check_known(state.active if names is None else names)
+    others = [n for n in folded_adapters(model) if n not in wanted]
+    if others:
+        unfold(model)
+    fold(model, state, wanted, safe=safe, keep_unfolded=False)
+    state.activate(wanted)
+    return strip(model, keep_saved=True)
+
+
+def unload(model: nn.Module, state: AdapterState) -> nn.Module:
+    """The plain model as it was before it was adapted."""
+    unfold(model)
+    state.biases.show(None)
+    return strip(model, keep_saved=False)
+
+
+def has_saved_modules(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether any of these adapters has a module of its own (`modules_to_save`)."""
+    wanted = set(names)
+    return any(wanted & set(wrapper.modules_to_save) for _, wrapper in saved_modules(model))

@@ -1,0 +1,145 @@
+"""Apply a plan: put layers around what is adapted, and take them away again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+from lamina.config import LoraConfig
+from lamina.engine.biases import find_biases
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, lora_layers, saved_modules
+from lamina.engine.names import Place, places, unadapted
+from lamina.engine.state import AdapterState
+from lamina.engine.targets import Plan, make_plan
+from lamina.engine.trainability import apply_trainability, freeze_base
+from lamina.errors import FoldError
+
+
+def inject(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    state: AdapterState,
+    *,
+    trainable: bool = True,
+    initialise: bool = True,
+    upcast: bool = True,
+    strict: bool = True,
+) -> Plan:
+    """Add an adapter to a model; it is not active yet.
+
+    Args:
+        model: any module, adapted already (with the same `state`) or not.
+        name: the adapter's name.
+        config: what it adapts and how.
+        state: the model's shared state.
+        trainable: whether its weights ask for gradients while it is active.
+        initialise: False leaves the factors on the meta device, to be assigned from a file.
+        upcast: keep adapters over half-precision weights in fp32.
+        strict: every pattern of the config must match something.
+
+    Raises:
+        AdapterNameError, TargetError: nothing has been changed.
+    """
+    state.check_new_name(name)
+    plan = make_plan(model, config, strict=strict)
+    occupied: dict[int, list[Place]] = defaultdict(list)
+    by_name: dict[str, Place] = {}
+    for place in places(model):
+        occupied[id(place.original)].append(place)
+        by_name.setdefault(place.name, place)
+    if not state.configs:
+        freeze_base(model)
+    state.register(name, config, trainable=trainable)
+    if config.target_modules is None:
+        config.target_modules = set(plan.counts)
+    for layer_plan in plan.layers:
+        place = by_name[layer_plan.name]
+        layer = place.module
+        if not isinstance(layer, LoraLayer):
+            layer = layer_plan.kind(place.original, state)
+            _put(occupied[id(place.original)], layer)
+        init = config.init_lora_weights if initialise else None
+        layer.add_adapter(name, layer_plan.record, init=init, upcast=upcast)
+    for saved in plan.saved:
+        _save_module(by_name[saved], occupied, name, state)
+    adopted = find_biases(model, config.bias, {layer.name for layer in plan.layers})
+    if adopted:
+        state.biases.adopt(name, adopted)
+    apply_trainability(model, state)
+    return plan
+
+
+def _save_module(
+    place: Place, occupied: dict[int, list[Place]], name: str, state: AdapterState
+) -> None:
+    wrapper = place.module
+    if not isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper = ModulesToSaveWrapper(place.original, state)
+        _put(occupied[id(place.original)], wrapper)
+    wrapper.add_adapter(name)
+
+
+def _put(spots: list[Place], layer: nn.Module) -> None:
+    for spot in spots:
+        assert spot.parent is not None
+        setattr(spot.parent, spot.child, layer)
+        if isinstance(spot.parent, nn.TransformerEncoderLayer):
+            # Its fast path reads the weights of its children and never calls them; a hook on
+            # a child keeps it from being taken.
+            layer.register_forward_pre_hook(_call_me)
+
+
+def _call_me(module: nn.Module, args: object) -> None:
+    return None
+
+
+def find_state(model: nn.Module) -> AdapterState | None:
+    """The state that a model's adapted layers share; None on a model without any."""
+    for module in model.modules():
+        if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            return module.adapter_state
+    return None
+
+
+def delete_adapter(model: nn.Module, name: str, state: AdapterState) -> None:
+    """Remove an adapter; layers that no adapter is left in stay as they are.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        FoldError: it is folded into the base weights.
+    """
+    state.check_known([name])
+    folded = [path for path, layer in lora_layers(model) if name in layer.merged_adapters]
+    if folded:
+        raise FoldError(
+            f"The adapter {name!r} is folded into {len(folded)} layers.",
+            cure="model.unmerge_adapter() first, then delete it",
+        )
+    for _, layer in lora_layers(model):
+        if name in layer.records:
+            layer.delete_adapter(name)
+    for _, wrapper in saved_modules(model):
+        if name in wrapper.modules_to_save:
+            wrapper.delete_adapter(name)
+    state.forget(name)
+    apply_trainability(model, state)
+
+
+def strip(model: nn.Module, *, keep_saved: bool) -> nn.Module:
+    """Put the base layers back where adapted ones are; the base weights stay as they are now.
+
+    Args:
+        model: the adapted model.
+        keep_saved: put the effective copy of a saved module back, rather than the original.
+    """
+    for place in list(places(model)):
+        module = place.module
+        if isinstance(module, ModulesToSaveWrapper) and keep_saved:
+            replacement: nn.Module = module.effective()
+        else:
+            replacement = unadapted(module)
+        if replacement is not module and place.parent is not None:
+            setattr(place.parent, place.child, replacement)
+    return model

@@ -1,0 +1,59 @@
+"""The kinds of layers that can be adapted: a table from a module to the class that adapts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lamina.engine.layers.base import LayerAdapter, LoraLayer, lora_layers
+from lamina.engine.layers.conv import Conv1d, Conv2d, Conv3d
+from lamina.engine.layers.embedding import Embedding
+from lamina.engine.layers.linear import Linear, is_conv1d
+from lamina.engine.layers.saved import ModulesToSaveWrapper, saved_modules
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "LayerAdapter",
+    "Linear",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "is_linear",
+    "layer_class",
+    "lora_layers",
+    "register",
+    "saved_modules",
+]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: `nn.Linear`, `Conv1D`, or a quantiser's stand-in."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    if isinstance(module, (LoraLayer, nn.Bilinear)) or next(module.children(), None) is not None:
+        return False
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return bool(tensors) and all(isinstance(size, int) for size in sizes)
+
+
+_KINDS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
+    (is_linear, Linear),
+    (lambda module: isinstance(module, nn.Embedding), Embedding),
+    (lambda module: isinstance(module, nn.Conv1d), Conv1d),
+    (lambda module: isinstance(module, nn.Conv2d), Conv2d),
+    (lambda module: isinstance(module, nn.Conv3d), Conv3d),
+]
+
+
+def register(adapts: Callable[[nn.Module], bool], kind: type[LoraLayer]) -> None:
+    """Adapt modules for which `adapts(module)` is true by `kind`, before earlier entries."""
+    _KINDS.insert(0, (adapts, kind))
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that adapts a module; None if there is none."""
+    return next((kind for adapts, kind in _KINDS if adapts(module)), None)

@@ -1,0 +1,69 @@
+"""LoRA on `nn.Embedding`: a row of the table is looked up in A, and lifted by B."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lamina.engine.layers.base import LayerAdapter, LoraLayer
+from lamina.engine.ops.dispatch import lora_linear_delta
+from lamina.engine.state import AdapterState
+
+
+class Embedding(LoraLayer):
+    """`y = base(ids) + scaling * A[:, ids].T @ B.T`, with A (r x vocabulary), B (dim x r).
+
+    Dropout does not act here: ids can't be dropped.
+    """
+
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+    is_embedding = True
+
+    def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
+        super().__init__(base_layer, state)
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        # Code in the wild asks every layer for these.
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
+        vocabulary, dim = self.base_layer.num_embeddings, self.base_layer.embedding_dim
+        for place, shape in zip(
+            self.factor_names, ((record.r, vocabulary), (dim, record.r)), strict=True
+        ):
+            getattr(self, place)[name] = nn.Parameter(
+                torch.empty(shape, device="meta", dtype=dtype)
+            )
+
+    def _factor_leaves(self) -> tuple[str, ...]:
+        return self.factor_names
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        return {place: getattr(self, place)[name] for place in self.factor_names}
+
+    def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
+        grad = getattr(self, leaf)[name].requires_grad
+        getattr(self, leaf)[name] = nn.Parameter(value, requires_grad=grad)
+
+    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        base = self.base_layer
+        looked_up = F.embedding(
+            x,
+            a.T,
+            padding_idx=base.padding_idx,
+            max_norm=base.max_norm,
+            norm_type=base.norm_type,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+        update: torch.Tensor = (looked_up @ b.T) * self.records[adapter].scaling
+        # Some models scale inside their embedding's forward; the update has to follow.
+        scale = getattr(base, "embed_scale", None)
+        return update if scale is None else update * torch.as_tensor(scale).to(update)
+
+    def delta_weight(self, adapter: str) -> torch.Tensor:
+        a, b = self.factors(adapter)
+        return lora_linear_delta(a, b, self.records[adapter].scaling).T

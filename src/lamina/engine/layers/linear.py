@@ -1,0 +1,61 @@
+"""LoRA on linear layers: `nn.Linear`, transformers' `Conv1D`, and opaque ones of quantisers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamina.engine.dtypes import to_adapter_input
+from lamina.engine.layers.base import LayerAdapter, LoraLayer
+from lamina.engine.ops.dispatch import lora_linear, lora_linear_delta
+from lamina.engine.state import AdapterState
+
+
+class Linear(LoraLayer):
+    """`y = base(x) + scaling * x @ A.T @ B.T`, with A (r x in) and B (out x r)."""
+
+    def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
+        super().__init__(base_layer, state)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        self.in_features, self.out_features = linear_shape(base_layer)
+
+    def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
+        self.lora_A[name] = _bare_linear(self.in_features, record.r, False, dtype)
+        self.lora_B[name] = _bare_linear(record.r, self.out_features, record.lora_bias, dtype)
+
+    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        a: Any = self.lora_A[adapter]
+        b: Any = self.lora_B[adapter]
+        dropped = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
+        return lora_linear(dropped, a.weight, b.weight, b.bias, self.records[adapter].scaling)
+
+    def delta_weight(self, adapter: str) -> torch.Tensor:
+        a, b = self.factors(adapter)
+        delta = lora_linear_delta(a, b, self.records[adapter].scaling)
+        return delta.T if self.fan_in_fan_out else delta
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`, a linear layer that stores its weight (in x out)."""
+    # By name along the MRO, so that the engine doesn't import transformers.
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+        for kind in type(layer).__mro__
+    )
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """(in features, out features) of anything linear."""
+    if is_conv1d(layer):
+        nx, nf = layer.weight.shape
+        return int(nx), int(nf)
+    return int(layer.in_features), int(layer.out_features)
+
+
+def _bare_linear(n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    # On the meta device: nn.Linear would initialise what is initialised or loaded right after.
+    return nn.Linear(n_in, n_out, bias=bias, device="meta", dtype=dtype)

@@ -1,0 +1,76 @@
+"""Modules that are trained whole and saved with the adapter (`modules_to_save`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamina.engine.state import AdapterState
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module and a trained copy of it for each adapter that asked for one.
+
+    The forward takes the copy of the last contributing adapter that has one, else the original.
+    """
+
+    def __init__(self, module_to_save: nn.Module, state: AdapterState) -> None:
+        super().__init__()
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict()
+        self.adapter_state = state
+        self.train(module_to_save.training)
+
+    def add_adapter(self, name: str) -> None:
+        """Give an adapter its copy; it begins as what the forward takes now."""
+        self.modules_to_save[name] = copy.deepcopy(self.effective())
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter's copy."""
+        del self.modules_to_save[name]
+
+    def effective(self) -> nn.Module:
+        """The module that the forward takes."""
+        for name in reversed(self.adapter_state.contributing):
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
+        return self.original_module
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of an adapter's copy, by their names inside the module."""
+        return dict(self.modules_to_save[name].state_dict(keep_vars=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the effective module gives."""
+        return self.effective()(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that are active in the model."""
+        return list(self.adapter_state.active)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The effective module's weight."""
+        effective: Any = self.effective()
+        weight: torch.Tensor = effective.weight
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.effective(), name)
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """All wrapped modules with their names in the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield path, module

@@ -1,0 +1,77 @@
+"""The names that a model's modules have when nothing is adapted, compiled or sharded.
+
+Every other part speaks of modules by these plain names, so that an adapted model and a plain one
+are targeted, saved and compared alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+
+# Children under which torch's wrappers keep the module that they wrap.
+_WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module and where it is.
+
+    Attributes:
+        name: its plain name.
+        module: what is there now: the module itself, or the layer that adapts it.
+        parent: the module that holds it; None at the root.
+        child: its name in the parent.
+    """
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    child: str
+
+    @property
+    def original(self) -> nn.Module:
+        """The module as it is without adapters."""
+        return unadapted(self.module)
+
+
+def unadapted(module: nn.Module) -> nn.Module:
+    """What an adapted layer or a saved module was before; other modules as they are."""
+    if isinstance(module, LoraLayer):
+        return module.base_layer
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.original_module
+    return module
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """All places of a model in the order of `named_modules`, never inside an adapter.
+
+    A module that is held in several places comes at each of them.
+    """
+    yield from _walk(model, "", None, "")
+
+
+def _walk(module: nn.Module, name: str, parent: nn.Module | None, child: str) -> Iterator[Place]:
+    yield Place(name, module, parent, child)
+    inner = unadapted(module)
+    for key, grandchild in inner.named_children():
+        yield from _walk(grandchild, _join(name, key, inner), inner, key)
+
+
+def _join(name: str, child: str, parent: nn.Module) -> str:
+    if child in _WRAPPER_CHILDREN or (child == "module" and isinstance(parent, _PARALLEL)):
+        return name
+    return f"{name}.{child}" if name else child
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`: what may be written to mean a module."""
+    while name:
+        yield name
+        _, _, name = name.partition(".")

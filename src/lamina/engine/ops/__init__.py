@@ -1,0 +1,1 @@
+"""The arithmetic of low-rank updates, on tensors alone."""

@@ -1,0 +1,7 @@
+"""Chooses the implementation of an operation; every choice gives what `reference` gives."""
+
+from __future__ import annotations
+
+from lamina.engine.ops.reference import lora_linear, lora_linear_delta
+
+__all__ = ["lora_linear", "lora_linear_delta"]

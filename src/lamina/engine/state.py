@@ -1,0 +1,116 @@
+"""What is active and trainable: one object, shared by all adapted layers of a model.
+
+Layers read it in every forward, so that switching adapters or turning them off touches this
+object and never walks the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lamina.config import LoraConfig
+from lamina.engine.biases import TrainedBiases, owner
+from lamina.errors import AdapterNameError, nearest
+
+
+@dataclass(eq=False)
+class AdapterState:
+    """The adapters of one model.
+
+    Attributes:
+        configs: every adapter's config, in the order in which they were added.
+        active: the adapters that take part in the forward, in order.
+        trainable: the adapters declared trainable. A parameter asks for a gradient when its
+            adapter is both trainable and active; see `lamina.engine.trainability`.
+        disabled: True inside `disable_adapter()`: the model answers as its base.
+        biases: the base's biases that adapters have trained along.
+    """
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    trainable: frozenset[str] = frozenset()
+    disabled: bool = False
+    biases: TrainedBiases = field(default_factory=TrainedBiases)
+
+    @property
+    def contributing(self) -> tuple[str, ...]:
+        """The adapters that the forward adds up now: the active ones, or none while disabled."""
+        return () if self.disabled else self.active
+
+    def activate(self, names: Iterable[str]) -> None:
+        """Let these adapters, and no others, take part in the forward, in this order."""
+        self.active = self.check_known(names)
+        self.show_biases()
+
+    def show_biases(self) -> None:
+        """Put the biases into the model that go with what contributes now."""
+        self.biases.show(owner(self.biases, self.contributing))
+
+    def register(self, name: str, config: LoraConfig, *, trainable: bool) -> None:
+        """Make room for a new adapter; it is not active yet."""
+        self.check_new_name(name)
+        self.configs[name] = config
+        if trainable:
+            self.trainable |= {name}
+
+    def forget(self, name: str) -> None:
+        """Drop an adapter; if it was the last active one, the first that is left takes over."""
+        self.check_known([name])
+        del self.configs[name]
+        self.trainable -= {name}
+        self.active = tuple(other for other in self.active if other != name)
+        if not self.active:
+            self.active = tuple(self.configs)[:1]
+        self.biases.drop(name)
+        self.show_biases()
+
+    def check_known(self, names: Iterable[str]) -> tuple[str, ...]:
+        """`names` as a tuple without repetitions.
+
+        Raises:
+            AdapterNameError: one of them is no adapter here; names are compared whole.
+        """
+        wanted = tuple(dict.fromkeys(names))
+        unknown = [name for name in wanted if name not in self.configs]
+        if unknown:
+            have = ", ".join(map(repr, self.configs)) or "none"
+            raise AdapterNameError(
+                f"There is no adapter {', '.join(map(repr, unknown))} here; the model has: {have}.",
+                faults=[
+                    f"did you mean {close!r} instead of {name!r}?"
+                    for name in unknown
+                    for close in nearest(name, self.configs)
+                ],
+                cure="model.load_adapter(path, adapter_name) or model.add_adapter(name, config)",
+            )
+        return wanted
+
+    def check_new_name(self, name: str) -> None:
+        """Refuse a name that is taken or that torch can't have as a module's name."""
+        if name in self.configs:
+            raise AdapterNameError(
+                f"The model already has an adapter {name!r}.",
+                cure=f"choose another name, or model.delete_adapter({name!r}) first",
+            )
+        reserved = not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name)
+        if reserved or hasattr(nn.ParameterDict, name):
+            raise AdapterNameError(
+                f"{name!r} can't be an adapter's name: it becomes a part of parameter names.",
+                cure="use a string without dots that is no attribute of a torch module",
+            )
+
+    @contextmanager
+    def while_disabled(self) -> Iterator[None]:
+        """Turn all adapters off for a while; what was is restored exactly, errors included."""
+        before = self.disabled
+        self.disabled = True
+        self.show_biases()
+        try:
+            yield
+        finally:
+            self.disabled = before
+            self.show_biases()

@@ -1,0 +1,288 @@
+"""From patterns to a plan: which layers are adapted, with which numbers. Touches nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.engine.faults import plan_error, silent_patterns, unsupported
+from lamina.engine.init import initialisation
+from lamina.engine.layers import LayerAdapter, LoraLayer, layer_class
+from lamina.engine.linears import head_names, linear_names
+from lamina.engine.names import Place, places, suffixes
+
+# What is usual, by the names that an architecture's attention has; the first that fits is taken.
+_USUAL_TARGETS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("qkv",),
+    ("q", "v"),
+    ("q_lin", "v_lin"),
+    ("to_q", "to_v"),
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to adapt: its plain name, the class that adapts it, its numbers."""
+
+    name: str
+    kind: type[LoraLayer]
+    record: LayerAdapter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will change in a model.
+
+    Attributes:
+        layers: the layers to adapt, in the model's order.
+        saved: plain names of the modules to train whole.
+        counts: how many layers each pattern of `target_modules` hit.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    saved: tuple[str, ...]
+    counts: dict[str, int]
+
+
+def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Plan:
+    """Find what `config` means in `model`, adapted already or not.
+
+    Args:
+        model: any module.
+        config: the adapter to be.
+        strict: every pattern must match; False where tensors from a file decide anyway.
+
+    Raises:
+        TargetError: with everything that is wrong; UnsupportedTargetError if a pattern hits
+            something that can't be adapted.
+    """
+    initialisation(config.init_lora_weights)
+    everything = list(places(model))
+    finder = _Finder(config, everything, model)
+    layers = []
+    seen: set[int] = set()
+    for place in everything:
+        pattern = finder.pattern_for(place.name)
+        if pattern is None or id(place.original) in seen:
+            continue
+        seen.add(id(place.original))
+        layer = finder.plan(place, pattern)
+        if layer is not None:
+            layers.append(layer)
+    faults = finder.faults(layers, strict=strict)
+    if faults or finder.unsupported:
+        raise plan_error(faults, finder.unsupported, linear_names(everything, model), config)
+    return Plan(tuple(layers), tuple(finder.saved), dict(finder.counts))
+
+
+class _Finder:
+    """One search: patterns in, hits and faults collected."""
+
+    def __init__(self, config: LoraConfig, everything: list[Place], model: nn.Module) -> None:
+        self.config = config
+        self.everything = everything
+        self.names = [place.name for place in everything if place.name]
+        self.counts: Counter[str] = Counter()
+        self.used: set[str] = set()
+        self.layer_indices: set[int] = set()
+        self.unsupported: list[str] = []
+        self.other_faults: list[str] = []
+        self.attention = {
+            place.name for place in everything if isinstance(place.original, nn.MultiheadAttention)
+        }
+        self.all_linear: set[str] = set()
+        self.targets = self._targets(model)
+        self.saved = self._saved()
+
+    def _targets(self, model: nn.Module) -> Collection[str] | str:
+        targets = self.config.target_modules
+        if targets is None:
+            return usual_targets(self.names)
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            self.all_linear = set(linear_names(self.everything, model))
+            return ALL_LINEAR
+        return targets if isinstance(targets, str) else frozenset(targets)
+
+    def _saved(self) -> list[str]:
+        wanted = set(self.config.modules_to_save or ())
+        saved = []
+        for name in self.names:
+            hit = next((suffix for suffix in suffixes(name) if suffix in wanted), None)
+            if hit is not None:
+                self.used.add(hit)
+                saved.append(name)
+        return saved
+
+    def pattern_for(self, name: str) -> str | None:
+        """The pattern by which a module is adapted; None if it isn't."""
+        if not name:
+            return None
+        pattern = self._hit(self.targets, name)
+        if pattern is None or self._excluded(name) or self._inside_saved(name):
+            return None
+        return pattern if self._layer_wanted(name) else None
+
+    def _hit(self, targets: Collection[str] | str, name: str) -> str | None:
+        if targets == ALL_LINEAR:
+            return ALL_LINEAR if name in self.all_linear else None
+        if isinstance(targets, str):
+            return targets if re.fullmatch(targets, name) else None
+        return next((suffix for suffix in suffixes(name) if suffix in targets), None)
+
+    def _excluded(self, name: str) -> bool:
+        if not self.config.exclude_modules:
+            return False
+        hit = self._hit(self.config.exclude_modules, name)
+        if hit is not None:
+            self.used.add(hit)
+        return hit is not None
+
+    def _inside_saved(self, name: str) -> bool:
+        return any(name == saved or name.startswith(f"{saved}.") for saved in self.saved)
+
+    def _layer_wanted(self, name: str) -> bool:
+        wanted = self.config.layers_to_transform
+        if wanted is None or wanted == []:
+            return True
+        index = layer_index(name, self.config.layers_pattern)
+        if index is None:
+            return False
+        self.layer_indices.add(index)
+        return index in ([wanted] if isinstance(wanted, int) else wanted)
+
+    def plan(self, place: Place, pattern: str) -> LayerPlan | None:
+        """The plan for a module that is hit, or None and a fault."""
+        self.counts[pattern] += 1
+        parent = place.name.rpartition(".")[0]
+        kind = None if parent in self.attention else layer_class(place.original)
+        if kind is None:
+            self.unsupported.append(
+                unsupported(place.name, place.original, pattern, parent in self.attention)
+            )
+            return None
+        r = int(self._lookup(self.config.rank_pattern, place.name, self.config.r))
+        alpha = self._lookup(self.config.alpha_pattern, place.name, self.config.lora_alpha)
+        self._check_layer(place, kind, r)
+        return LayerPlan(place.name, kind, LayerAdapter.of(self.config, r, alpha))
+
+    def _check_layer(self, place: Place, kind: type[LoraLayer], r: int) -> None:
+        groups = getattr(place.original, "groups", 1)
+        if r % groups:
+            self.other_faults.append(
+                f"{place.name} is a convolution with {groups} groups, which don't divide r={r}"
+            )
+        if kind.is_embedding and self.config.lora_bias:
+            self.other_faults.append(f"{place.name} is an embedding, which can't have a lora_bias")
+
+    def _lookup(self, table: dict[str, float] | dict[str, int], name: str, default: float) -> float:
+        for pattern, value in table.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                self.used.add(pattern)
+                return value
+        return default
+
+    def faults(self, layers: Iterable[LayerPlan], *, strict: bool) -> list[str]:
+        """Everything that is wrong, apart from what can't be adapted."""
+        config = self.config
+        if not strict:
+            return self.other_faults
+        faults = list(self.other_faults)
+        if not self.targets:
+            faults.append("target_modules is None, and this architecture has no usual ones")
+        elif isinstance(self.targets, str):
+            if not self.counts:
+                faults += silent_patterns("target_modules", [self.targets], [])
+        else:
+            silent = sorted(set(self.targets) - self.counts.keys())
+            faults += silent_patterns("target_modules", silent, self.names)
+        for field in ("exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+            value = getattr(config, field) or ()
+            patterns = [value] if isinstance(value, str) else list(value)
+            silent = [pattern for pattern in patterns if pattern not in self.used]
+            faults += silent_patterns(field, silent, self.names)
+        return faults + self._silent_layers()
+
+    def _silent_layers(self) -> list[str]:
+        wanted = self.config.layers_to_transform
+        if wanted is None:
+            return []
+        indices = [wanted] if isinstance(wanted, int) else wanted
+        silent = sorted(set(indices) - self.layer_indices)
+        if not silent:
+            return []
+        have = f"0 to {max(self.layer_indices)}" if self.layer_indices else "no numbered layers"
+        return [f"layers_to_transform has {silent}; the targets lie in layers {have}"]
+
+
+def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
+    """The index of the layer that a module lies in: the first number after `pattern`."""
+    patterns = [pattern] if isinstance(pattern, str) else (pattern or [])
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name) or re.match(r"[^.]*\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
+    for each in patterns:
+        match = re.match(rf"(?:^|.*?\.){each}\.(\d+)\.", name)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def usual_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """The names usually adapted in an architecture: its query and value projections."""
+    leaves = {name.rpartition(".")[2] for name in names}
+    return next((usual for usual in _USUAL_TARGETS if leaves.issuperset(usual)), ())
+
+
+def find_all_linear_names(model: nn.Module, *, include_head: bool = False) -> list[str]:
+    """The names to give as `target_modules` to adapt every linear layer.
+
+    The shortest endings that mean linear layers and nothing else, sorted. On an adapted model they
+    are the original names, never an adapter's internals. Quantised linears and `Conv1D` count.
+
+    Args:
+        model: any module, plain or adapted.
+        include_head: also name the output head (a language model's or a classifier's).
+    """
+    everything = list(places(model))
+    return spell(everything, set(linear_names(everything, model, include_head=include_head)))
+
+
+def spell(everything: Iterable[Place], wanted: set[str]) -> list[str]:
+    """The shortest endings that mean exactly the modules in `wanted`, sorted."""
+    others = [place.name for place in everything if place.name and place.name not in wanted]
+    taken = {suffix for name in others for suffix in suffixes(name)}
+    short = {_shortest(name, taken) for name in wanted}
+    return sorted(name for name in short if not _covered(name, short))
+
+
+def _shortest(name: str, taken: set[str]) -> str:
+    endings = [ending for ending in suffixes(name) if ending not in taken]
+    return endings[-1] if endings else name
+
+
+def _covered(name: str, others: set[str]) -> bool:
+    return any(ending in others for ending in suffixes(name) if ending != name)
+
+
+__all__ = [
+    "LayerPlan",
+    "Plan",
+    "find_all_linear_names",
+    "head_names",
+    "layer_index",
+    "make_plan",
+    "spell",
+    "usual_targets",
+]

@@ -1,0 +1,72 @@
+"""Which parameters ask for gradients: explicit, and never a side effect of anything else.
+
+A parameter of an adapter asks for one when the adapter is declared trainable and is active.
+Parameters of the base don't, except biases that a trainable adapter trains along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lamina.engine.layers import lora_layers, saved_modules
+from lamina.engine.state import AdapterState
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(adapter, parameter) for every parameter that belongs to an adapter, biases left out."""
+    for _, layer in lora_layers(model):
+        for name in layer.records:
+            for parameter in layer.tensors(name).values():
+                yield name, parameter
+    for _, wrapper in saved_modules(model):
+        for name, module in wrapper.modules_to_save.items():
+            for parameter in module.parameters():
+                yield name, parameter
+
+
+def apply_trainability(model: nn.Module, state: AdapterState) -> None:
+    """Set `requires_grad` of all adapter parameters to what `state` declares."""
+    live = state.trainable & set(state.active)
+    for name, parameter in adapter_parameters(model):
+        wanted = name in live and _differentiable(parameter)
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+    for name, parameter in state.biases.parameters.items():
+        owned = any(name in state.biases.values.get(adapter, ()) for adapter in live)
+        parameter.requires_grad_(owned and state.biases.shown in live)
+
+
+def _differentiable(parameter: nn.Parameter) -> bool:
+    return parameter.dtype.is_floating_point or parameter.dtype.is_complex
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Stop every parameter of a model that is about to be adapted from asking for gradients."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def declare_trainable(model: nn.Module, state: AdapterState, names: Iterable[str]) -> None:
+    """Let exactly these adapters be trainable."""
+    state.trainable = frozenset(state.check_known(names))
+    apply_trainability(model, state)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters; a packed 4-bit weight counts its elements."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = _elements(parameter)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    # ZeRO-3 keeps an empty local tensor and the real size beside it.
+    count = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+    if type(parameter).__name__ == "Params4bit":
+        return count * 2 * parameter.element_size()
+    return count

@@ -1,0 +1,48 @@
+"""A weight that is an ordinary floating-point parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamina.engine.weights.base import BaseWeight
+
+
+class DenseWeight(BaseWeight):
+    """`layer.weight` as torch stores it: read, written and replaced as a tensor."""
+
+    @classmethod
+    def recognises(cls, layer: nn.Module) -> bool:
+        weight = layer._parameters.get("weight")
+        if weight is None or type(weight.data) is not torch.Tensor:
+            return False
+        # A quantiser's parameter class may sit on top of a plain tensor.
+        plain = type(weight) is nn.Parameter
+        return plain and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        parameter = self.layer._parameters["weight"]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def why_not_writable(self) -> str | None:
+        return "it is on the meta device" if self.parameter.is_meta else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    def read(self) -> torch.Tensor:
+        return self.parameter.data
+
+    def swap(self, values: torch.Tensor) -> torch.Tensor:
+        before = self.parameter.data
+        self.parameter.data = values.to(device=before.device, dtype=before.dtype)
+        return before

@@ -1,0 +1,44 @@
+"""A weight that only its own layer understands, such as a quantised one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lamina.engine.weights.base import BaseWeight
+from lamina.errors import FoldError
+
+
+class OpaqueWeight(BaseWeight):
+    """Used through the layer's forward alone; reading and writing are refused."""
+
+    @classmethod
+    def recognises(cls, layer: nn.Module) -> bool:
+        return True
+
+    @property
+    def why_not_writable(self) -> str | None:
+        return f"a {type(self.layer).__name__} doesn't hold a dense floating-point weight"
+
+    def _any_tensor(self) -> torch.Tensor | None:
+        tensors = [*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False)]
+        return tensors[0] if tensors else None
+
+    @property
+    def device(self) -> torch.device:
+        tensor = self._any_tensor()
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        tensor = self._any_tensor()
+        # A quantised tensor subclass may call itself bf16; adapters over it are fp32 all the same.
+        if tensor is None or type(tensor.data) is not torch.Tensor:
+            return torch.uint8
+        return tensor.dtype
+
+    def read(self) -> torch.Tensor:
+        raise FoldError(f"The weight can't be read: {self.why_not_writable}.")
+
+    def swap(self, values: torch.Tensor) -> torch.Tensor:
+        raise FoldError(f"The weight can't be written: {self.why_not_writable}.")

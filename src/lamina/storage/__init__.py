@@ -1,0 +1,1 @@
+"""Directories: found, and replaced atomically; knows no adapter's content."""

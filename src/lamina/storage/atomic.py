@@ -1,0 +1,255 @@
+"""Write a directory whole or not at all.
+
+A save fills a hidden directory beside the target, makes it durable, and exchanges the two in one
+step, so at any instant the target is the old directory or the new one, complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from lamina.errors import CheckpointError
+from lamina.storage.carry import (
+    Owned,
+    Written,
+    carry,
+    name_test,
+    sync_file,
+    sync_folder,
+    sync_folders,
+    take_mode,
+)
+from lamina.storage.exchange import PinnedError, swap_in
+from lamina.storage.inplace import replace_in_place
+from lamina.storage.mounts import mounts_within
+from lamina.storage.staging import (
+    held,
+    hidden_siblings,
+    remove_tree,
+    staging_directory,
+    sweep,
+    turn_to_publish,
+)
+
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model-*.safetensors",
+    "adapter_model.safetensors.index.json",
+    "adapter_model.bin",
+    "adapter_model-*.bin",
+    "adapter_model.bin.index.json",
+)
+
+# How long a reader gives a living save to finish its two renames.
+_PATIENCE_S = 2.0
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str], *, owned: Owned = ADAPTER_FILES
+) -> Iterator[Path]:
+    """Yield an empty staging directory that becomes the directory `path` at a clean end.
+
+    A crash or power loss at any instant leaves the old directory or the new one. An exception
+    inside leaves the old one untouched. What the old directory has and the new one lacks
+    (checkpoints, tokenizer files, links) comes over as hard links, without being copied.
+
+    A directory that can't be moved (the working directory or one above it, a mount point) gets
+    its files replaced one by one instead, weights first and `adapter_config.json` last: there a
+    crash can leave files of both. Where the system has no exchange of directories, a crash can
+    leave none at `path`, and `recover` puts the old one back.
+
+    Args:
+        path: the directory to write; parents are made, a link is followed.
+        owned: names or globs (or a predicate on a name) that belong to the writer: an old entry
+            so named is dropped if the new directory doesn't bring it. Holds for the folders that
+            the writer made, not for others such as `checkpoint-10/`.
+
+    Raises:
+        CheckpointError: before anything is written, when `path` is a file, is below one or isn't
+            writable; at the end, when a file would take a folder's place; when the disk is full.
+    """
+    target = _resolved(path)
+    with ExitStack() as stack:
+        with _reported(target):
+            _refuse_unwritable(target)
+            made = _make_parents(target)
+            sweep(target)
+            staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
+        with _full_disk_reported(target):
+            yield staging
+        with _reported(target), turn_to_publish(target):
+            # Another save may have died since this one began.
+            recover(target)
+            _publish(staging, target, owned)
+            for folder in made:
+                sync_folder(folder)
+
+
+def recover(path: str | os.PathLike[str]) -> bool:
+    """Put back the directory that a crash between two renames left hidden; True if it did.
+
+    Call it before reading `path`. It does nothing where `path` exists, and waits a moment for a
+    save that is still alive.
+
+    Raises:
+        CheckpointError: the directory is there under its hidden name and can't be renamed.
+    """
+    target = _resolved(path)
+    deadline = time.monotonic() + _PATIENCE_S
+    while not os.path.lexists(target):
+        asides = hidden_siblings(target, "old")
+        if not asides:
+            return False
+        with held(asides[-1]) as ours:
+            if ours is not False or time.monotonic() > deadline:
+                return _put_back(asides[-1], target)
+        time.sleep(0.01)
+    return False
+
+
+def _put_back(aside: Path, target: Path) -> bool:
+    try:
+        os.rename(aside, target)
+    except OSError as error:
+        # The save, or another reader, was faster.
+        if os.path.lexists(target):
+            return False
+        raise CheckpointError(
+            f"A save of '{target}' was cut off; what was there lies in '{aside}' and can't be "
+            f"put back ({error.strerror}).",
+            cure=f"mv '{aside}' '{target}'",
+        ) from error
+    return True
+
+
+def _publish(staging: Path, target: Path, owned: Owned) -> None:
+    """Make the staging durable and then the target."""
+    is_owned = name_test(owned)
+    written = Written.survey(staging)
+    clashes = written.clashes(target)
+    if clashes:
+        raise CheckpointError(
+            f"Can't save over '{target}': files would take the place of folders.",
+            faults=clashes,
+            cure="save to another directory, or move these away",
+        )
+    for file in written.files:
+        sync_file(staging / file)
+    if staging.parent == target or _is_pinned(target):
+        replace_in_place(staging, target, written, is_owned)
+        return
+    try:
+        with held(target):
+            if target.is_dir():
+                carry(target, staging, written, is_owned)
+                take_mode(target, staging)
+            sync_folders(staging)
+            old = swap_in(staging, target)
+            sync_folder(target.parent)
+            if old is not None:
+                # What others added to the old directory while its entries were carried over.
+                with suppress(OSError):
+                    carry(old, target, written, is_owned)
+                remove_tree(old)
+    except PinnedError:
+        replace_in_place(staging, target, written, is_owned)
+
+
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def _refuse_unwritable(target: Path) -> None:
+    if os.path.lexists(target) and not target.is_dir():
+        raise CheckpointError(
+            f"'{target}' is a file; an adapter is saved as a directory.",
+            cure=f"save to another directory, such as '{target.with_suffix('')}-adapter'",
+        )
+    ground = target
+    while not os.path.lexists(ground):
+        ground = ground.parent
+    if not ground.is_dir():
+        raise CheckpointError(
+            f"Can't make '{target}': '{ground}' is a file.", cure="save to another directory"
+        )
+    if not os.access(ground, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"Can't write to '{ground}', so not to '{target}' either: permission denied.",
+            cure=f"save to another directory, or chmod u+w '{ground}'",
+        )
+
+
+def _make_parents(target: Path) -> list[Path]:
+    """Make what is missing above the target; returns the folders with a new name in them."""
+    changed = []
+    folder = target.parent
+    while not folder.is_dir():
+        changed.append(folder.parent)
+        folder = folder.parent
+    os.makedirs(target.parent, exist_ok=True)
+    return changed
+
+
+def _staging_folder(target: Path) -> Path:
+    """Where to write: beside the target, or inside where beside isn't the same filesystem."""
+    if not target.is_dir():
+        return target.parent
+    beside = os.access(target.parent, os.W_OK | os.X_OK) and target not in mounts_within(target)
+    return target.parent if beside else target
+
+
+def _is_pinned(target: Path) -> bool:
+    """Whether moving `target` would take the working directory or a mounted filesystem along."""
+    if not target.is_dir():
+        return False
+    try:
+        here = Path(os.path.realpath(os.getcwd()))
+    except FileNotFoundError:
+        return bool(mounts_within(target))
+    above = any(os.path.samefile(folder, target) for folder in (here, *here.parents))
+    return above or bool(mounts_within(target))
+
+
+@contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    """Turn the system's refusals into the one error of a save."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        _raise_if_full(error, target)
+        raise CheckpointError(
+            f"Can't save to '{target}': {error.strerror or error}"
+            + (f" ('{error.filename}')." if error.filename else "."),
+            cure="save to another directory, or mend that and save again",
+        ) from error
+
+
+@contextmanager
+def _full_disk_reported(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        _raise_if_full(error, target)
+        raise
+
+
+def _raise_if_full(error: Exception, target: Path) -> None:
+    # The safetensors writer has an error class of its own with the system's number in the text.
+    in_text = any(f"os error {number}" in str(error) for number in _FULL)
+    if not in_text and not (isinstance(error, OSError) and error.errno in _FULL):
+        return
+    raise CheckpointError(
+        f"No space left to save '{target}'; what was there before is untouched.",
+        faults=[str(error)],
+        cure="free some space, or save to another disk",
+    ) from error
