@@ -69,7 +69,10 @@ def mismatch_error(
         ),
     ]
     mapping = suggest_mapping(report.unexpected_keys, report.missing_keys)
-    what = f"{source}: {matched} of {len(model_keys)} tensors matched"
+    total = len(model_keys) or len(file_keys)
+    what = f"{source}: {matched} of {total} tensors matched"
+    if not model_keys:
+        what += "; target_modules in its config hit no module of this model"
     if matched == 0 and file_keys and model_keys:
         theirs, ours = _head(file_keys), _head(model_keys)
         if theirs != ours:

@@ -86,7 +86,7 @@ def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]
         raise FoldError(
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
-            cure="leave the adapter unfolded (mode 'stack'), or load the base dense, in bf16 or fp32",
+            cure="leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32",
         )
 
 

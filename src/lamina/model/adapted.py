@@ -1,0 +1,50 @@
+"""Refuse to begin anew on a model that has adapters already."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lamina.engine.inject import find_state
+from lamina.errors import AlreadyAdaptedError
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise unless the model is free of adapters.
+
+    Raises:
+        AlreadyAdaptedError: with the adapters found and the three ways on.
+    """
+    state = find_state(model)
+    foreign = None if state else foreign_adapters(model)
+    if state is None and foreign is None:
+        return
+    names = list(state.configs) if state else foreign
+    raise AlreadyAdaptedError(
+        f"The model already has adapters: {', '.join(map(repr, names or []))}. A second wrapping "
+        "would nest them and save names that nothing can load.",
+        faults=[
+            'continue: lamina.begin_stage(base, name="next", parent=DIR, mode="continue") trains '
+            "the same adapter on",
+            'stack: lamina.begin_stage(base, name="next", parent=DIR, mode="stack", config=config) '
+            "trains a new one over the frozen old one",
+            'merge: lamina.begin_stage(base, name="next", parent=DIR, mode="merge", config=config) '
+            "trains a new one over the old one folded into the base",
+        ],
+        cure="save the adapter to DIR, load the base model afresh, and choose one of these; or, on "
+        'this model, model.add_adapter("next", config) and '
+        'model.set_adapter([..., "next"], train=["next"])',
+    )
+
+
+def foreign_adapters(model: nn.Module) -> list[str] | None:
+    """The adapters that another library has put into a model; None if there are none."""
+    for module in model.modules():
+        parts = module._modules
+        if "base_layer" in parts and ("lora_A" in parts or "lora_embedding_A" in parts):
+            places = (parts.get("lora_A"), parts.get("lora_embedding_A"))
+            return sorted({name for place in places if place is not None for name in _keys(place)})
+    return None
+
+
+def _keys(place: nn.Module) -> list[str]:
+    return [*place._modules, *place._parameters]

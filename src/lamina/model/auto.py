@@ -1,0 +1,138 @@
+"""Facades that find the base model by the name in an adapter's config."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+from lamina.config import PeftConfig
+from lamina.errors import CheckpointError, ConfigError
+from lamina.model.facade import PeftModel
+from lamina.model.loading import facade_class
+from lamina.model.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from lamina.storage.source import PathOrId
+
+_HUB = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+class AutoPeftModel:
+    """Loads the base model that an adapter was trained on, and the adapter over it."""
+
+    facade: ClassVar[type[PeftModel]] = PeftModel
+    auto_class: ClassVar[str | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise ConfigError(f"{name} is not built, it loads.", cure=f"{name}.from_pretrained(path)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: PathOrId,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load base and adapter.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's directory or hub id.
+            adapter_name: what to call it.
+            is_trainable: whether to train it on.
+            config: taken in place of the file's.
+            revision: of the adapter; the base's is in the config.
+            kwargs: `subfolder` and hub options for the adapter; all else for the base model's
+                `from_pretrained`, e.g. `dtype`, `device_map`, `quantization_config`.
+
+        Raises:
+            CheckpointError: the config doesn't name a base model, or it can't be loaded.
+        """
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        where = {"subfolder": kwargs.pop("subfolder", None), "revision": revision, **hub}
+        if config is None:
+            config = PeftConfig.from_pretrained(
+                str(pretrained_model_name_or_path), **{k: v for k, v in where.items() if v}
+            )
+        name = config.base_model_name_or_path
+        if not name:
+            raise CheckpointError(
+                f"The config of {pretrained_model_name_or_path} doesn't name its base model.",
+                cure="load the base yourself, then PeftModel.from_pretrained(base, path)",
+            )
+        base = cls._base_class(config).from_pretrained(name, revision=config.revision, **kwargs)
+        return facade_class(cls.facade, config).from_pretrained(  # type: ignore[arg-type]
+            base,
+            pretrained_model_name_or_path,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            **{k: v for k, v in where.items() if v},
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig) -> Any:
+        if cls.auto_class is not None:
+            return getattr(importlib.import_module("transformers"), cls.auto_class)
+        mapping = config.auto_mapping or {}
+        kind, library = mapping.get("base_model_class"), mapping.get("parent_library")
+        if kind and library and library.split(".")[0] == "transformers":
+            return getattr(importlib.import_module("transformers"), kind)
+        by_task = {c.facade: c for c in AutoPeftModel.__subclasses__()}
+        found = by_task.get(facade_class(PeftModel, config))  # type: ignore[arg-type]
+        if found is None:
+            raise ConfigError(
+                "The config says neither the task nor the class of the base model.",
+                cure="use the class for the task, e.g. AutoPeftModelForCausalLM",
+            )
+        return found._base_class(config)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For models that continue text."""
+
+    facade = PeftModelForCausalLM
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For models that classify whole texts."""
+
+    facade = PeftModelForSequenceClassification
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For encoder-decoder models that write text."""
+
+    facade = PeftModelForSeq2SeqLM
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For models that classify tokens."""
+
+    facade = PeftModelForTokenClassification
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For models that find spans."""
+
+    facade = PeftModelForQuestionAnswering
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For models whose hidden states are used."""
+
+    facade = PeftModelForFeatureExtraction
+    auto_class = "AutoModel"

@@ -1,0 +1,110 @@
+"""How the facade loads: read, make room, fill; on an error the model is as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lamina.checkpoint.adapter import AdapterFile, read_adapter
+from lamina.checkpoint.load import fill_adapter
+from lamina.checkpoint.report import LoadReport
+from lamina.config import LoraConfig, PeftConfig
+from lamina.engine.inject import strip
+from lamina.errors import ConfigError
+from lamina.storage.source import PathOrId
+
+if TYPE_CHECKING:
+    from lamina.model.facade import PeftModel
+
+_HUB = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "allow_pickle",
+)
+_IGNORED = ("ephemeral_gpu_offload", "offload_dir", "offload_folder", "max_memory", "device_map")
+
+
+@dataclass(frozen=True)
+class How:
+    """The options of a load that concern tensors."""
+
+    strict: bool
+    key_mapping: dict[str, str] | None
+    ignore_mismatched_sizes: bool
+
+
+def read(
+    model_id: PathOrId, config: PeftConfig | None, options: dict[str, Any]
+) -> tuple[AdapterFile, How]:
+    """Read an adapter; `options` are the extra arguments of `from_pretrained`."""
+    options = dict(options)
+    hub = {name: options.pop(name) for name in _HUB if name in options}
+    device = options.pop("torch_device", None) or "cpu"
+    how = How(
+        strict=options.pop("strict", True),
+        key_mapping=options.pop("key_mapping", None),
+        ignore_mismatched_sizes=options.pop("ignore_mismatched_sizes", False),
+    )
+    unknown = [name for name, value in options.items() if value and name not in _IGNORED]
+    unsupported = [name for name in _IGNORED[:1] if options.get(name)]
+    if unknown or unsupported:
+        raise ConfigError(
+            f"from_pretrained doesn't know {', '.join(map(repr, unknown + unsupported))}.",
+            cure="leave it out",
+        )
+    return read_adapter(model_id, config=config, device=device, **hub), how
+
+
+def facade_class(asked: type[PeftModel], config: LoraConfig) -> type[PeftModel]:
+    """The class for a config's task, unless a special one was asked for."""
+    from lamina.model.facade import PeftModel
+    from lamina.model.tasks import TASKS
+
+    if asked is not PeftModel:
+        return asked
+    return TASKS.get(config.task_type, PeftModel) if config.task_type else PeftModel
+
+
+def fill(model: PeftModel, name: str, file: AdapterFile, how: How) -> LoadReport:
+    """Put the file's tensors into an adapter that has just been added."""
+    report = fill_adapter(
+        model,
+        name,
+        model.adapter_state,
+        file.tensors,
+        strict=how.strict,
+        key_mapping=how.key_mapping,
+        ignore_mismatched_sizes=how.ignore_mismatched_sizes,
+        source=file.source,
+    )
+    if not report.complete:
+        warnings.warn(f"{file.source}: {report}", stacklevel=4)
+    elif report.count_B and len(report.zero_B) == report.count_B:
+        warnings.warn(
+            f"{file.source}: all {report.count_B} B matrices are zero, so this adapter changes "
+            "nothing; it was saved before it was trained, or its gradients never arrived.",
+            stacklevel=4,
+        )
+    return report
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If anything is raised inside, take all adapters out of the model again."""
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        strip(model, keep_saved=False)
+        for parameter, before in asked:
+            parameter.requires_grad_(before)
+        raise

@@ -1,0 +1,94 @@
+"""How the facade saves: collect the tensors of each adapter, write the directory at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lamina.checkpoint.adapter import write_adapter
+from lamina.checkpoint.keys import disk_key, slots
+from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.engine.layers import Linear, lora_layers
+from lamina.engine.names import places
+from lamina.engine.targets import spell
+from lamina.errors import CheckpointError
+from lamina.storage.atomic import atomic_directory
+
+if TYPE_CHECKING:
+    from lamina.model.facade import PeftModel
+
+
+def save(
+    model: PeftModel,
+    directory: Path,
+    adapters: Iterable[str] | None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Write adapters in PEFT's layout: "default" at the root, others in folders."""
+    if not safe_serialization:
+        raise CheckpointError(
+            "Weights are written as safetensors only: opening a pickle can run code.",
+            cure="leave safe_serialization at True",
+        )
+    names = model.adapter_state.check_known(model.peft_config if adapters is None else adapters)
+    ready = [
+        (name, config_on_disk(model, name), adapter_tensors(model, name, state_dict))
+        for name in names
+    ]
+    with atomic_directory(directory) as staging:
+        for name, config, tensors in ready:
+            write_adapter(staging if name == "default" else staging / name, config, tensors)
+
+
+def adapter_tensors(
+    model: PeftModel, name: str, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Name on disk -> tensor, for one adapter.
+
+    Raises:
+        CheckpointError: `state_dict` was given and lacks some of them.
+    """
+    found = slots(model, name, model.adapter_state)
+    if state_dict is None:
+        return {key: slot.tensor.detach() for key, slot in found.items()}
+    given = {}
+    for key, tensor in state_dict.items():
+        plain = disk_key(key, name)
+        # A trainer's gathered state dict may begin inside the facade.
+        for candidate in (plain, f"base_model.model.{plain}"):
+            if candidate in found:
+                given[candidate] = tensor
+    missing = sorted(found.keys() - given.keys())
+    if missing:
+        raise CheckpointError(
+            f"The state dict lacks {len(missing)} of the {len(found)} tensors of {name!r}.",
+            faults=missing[:6],
+            cure="gather all parameters before saving, or leave state_dict out",
+        )
+    return {key: given[key] for key in found}
+
+
+def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
+    """An adapter's config as it is written: for inference, and exact for every reader.
+
+    "all-linear" is written out as the names it meant, since readers differ in what it means.
+    """
+    config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True
+    base = model.get_base_model()
+    layers = [layer for _, layer in lora_layers(base) if name in layer.records]
+    linear = [layer for layer in layers if isinstance(layer, Linear)]
+    config.fan_in_fan_out = bool(linear) and all(layer.fan_in_fan_out for layer in linear)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        everything = list(places(base))
+        inside = {id(layer) for layer in layers}
+        config.target_modules = set(
+            spell(everything, {p.name for p in everything if id(p.module) in inside})
+        )
+    return config

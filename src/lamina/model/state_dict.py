@@ -1,0 +1,108 @@
+"""Adapter weights as dicts of tensors, and adapters in models without a facade."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lamina.checkpoint.keys import disk_key, slots
+from lamina.checkpoint.load import fill_adapter
+from lamina.checkpoint.report import LoadReport
+from lamina.config import LoraConfig, PeftConfig
+from lamina.engine.inject import find_state, inject
+from lamina.engine.state import AdapterState
+from lamina.engine.trainability import apply_trainability
+from lamina.errors import AdapterNameError
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Add an adapter to a model in place, without a facade around it, and activate it.
+
+    Args:
+        peft_config: what it adapts and how.
+        model: any module.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its weights on the meta device, to be loaded.
+        state_dict: weights to begin from, by their names on disk.
+    """
+    config = cast(LoraConfig, copy.deepcopy(peft_config))
+    state = find_state(model) or AdapterState()
+    inject(
+        model,
+        adapter_name,
+        config,
+        state,
+        trainable=not config.inference_mode,
+        initialise=not low_cpu_mem_usage and state_dict is None,
+    )
+    state.activate([*state.active, adapter_name])
+    apply_trainability(model, state)
+    if state_dict is not None:
+        fill_adapter(model, adapter_name, state, state_dict)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: Any = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by their names on disk (the adapter's name is left out).
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters; compiled or wrapped ones too.
+        state_dict: take the tensors from here, e.g. gathered ones, by their names in the model.
+        adapter_name: the adapter's whole name.
+        unwrap_compiled: accepted; compiled models are understood anyway.
+        save_embedding_layers: accepted; only the adapter's own tensors are returned.
+    """
+    found = slots(model, adapter_name, _state(model, adapter_name))
+    if state_dict is None:
+        return {key: slot.tensor for key, slot in found.items()}
+    named = {disk_key(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    return {key: named[key] for key in found if key in named}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: bool = True,
+) -> LoadReport:
+    """Put tensors, by their names on disk, into an adapter of a model.
+
+    Raises:
+        KeyMismatchError: they are not exactly the adapter's; nothing has been changed.
+    """
+    return fill_adapter(
+        model,
+        adapter_name,
+        _state(model, adapter_name),
+        peft_model_state_dict,
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+
+
+def _state(model: nn.Module, adapter: str) -> AdapterState:
+    state = find_state(model)
+    if state is None:
+        raise AdapterNameError(
+            "The model has no adapters.", cure="lamina.get_peft_model(model, config)"
+        )
+    state.check_known([adapter])
+    return state

@@ -1,0 +1,120 @@
+"""A facade for each task, and the function that chooses among them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lamina.config import PeftConfig, TaskType
+from lamina.model.facade import PeftModel
+
+
+class _TransformersModel(PeftModel):
+    """A facade over a transformers model.
+
+    Its forward names the usual inputs, because trainers look there for the columns to keep.
+    """
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The adapted model's output; what is None is not passed on."""
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.get_base_model()(**given, **kwargs)
+
+
+class PeftModelForCausalLM(_TransformersModel):
+    """For models that continue text."""
+
+
+class PeftModelForSequenceClassification(_TransformersModel):
+    """For models that classify whole texts; their head is trained and saved."""
+
+    task_heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(_TransformersModel):
+    """For models that classify tokens; their head is trained and saved."""
+
+    task_heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(_TransformersModel):
+    """For models that find spans; their head is trained and saved."""
+
+    task_heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
+
+
+class PeftModelForSeq2SeqLM(_TransformersModel):
+    """For encoder-decoder models that write text."""
+
+
+class PeftModelForFeatureExtraction(_TransformersModel):
+    """For models whose hidden states are used."""
+
+
+TASKS: dict[str, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Adapt a model that has no adapters yet.
+
+    Args:
+        model: any module; it is adapted in place.
+        peft_config: what to adapt and how; it is copied.
+        adapter_name: the adapter's name.
+        mixed: accepted; there is one kind of adapter.
+        autocast_adapter_dtype: keep adapters over half-precision weights in fp32.
+        revision: of the base model, to be recorded.
+        low_cpu_mem_usage: leave the adapter's weights on the meta device, to be loaded.
+
+    Raises:
+        AlreadyAdaptedError: the model has adapters; the message names the three ways on.
+        TargetError: the config doesn't fit the model.
+    """
+    kind = TASKS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
+    facade = kind(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        revision=revision,
+    )
+    if peft_config.task_type is None:
+        facade.peft_config[adapter_name].auto_mapping = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    return facade

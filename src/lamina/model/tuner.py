@@ -1,0 +1,134 @@
+"""`LoraModel`: the model that is adapted, under the name that PEFT's format gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lamina.config import LoraConfig
+from lamina.engine import fold
+from lamina.engine.inject import delete_adapter, inject
+from lamina.engine.state import AdapterState
+from lamina.engine.trainability import apply_trainability, declare_trainable
+
+
+class LoraModel(nn.Module):
+    """A model with adapters, without anything that knows about files.
+
+    Args:
+        model: the model to adapt, in place.
+        config: the first adapter's config, or a dict from names to configs; None for none yet.
+        adapter_name: the first adapter's name.
+    """
+
+    prefix = "lora_"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig | dict[str, LoraConfig] | None = None,
+        adapter_name: str = "default",
+        *,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter_state = AdapterState()
+        configs = config if isinstance(config, dict) else {adapter_name: config}
+        for name, each in configs.items():
+            if each is not None:
+                self.add(name, each, initialise=not low_cpu_mem_usage)
+        self.adapter_state.activate(list(self.adapter_state.configs)[:1])
+        apply_trainability(self.model, self.adapter_state)
+
+    def add(
+        self,
+        name: str,
+        config: LoraConfig,
+        *,
+        trainable: bool | None = None,
+        initialise: bool = True,
+        upcast: bool = True,
+        strict: bool = True,
+    ) -> None:
+        """Add an adapter; it becomes active only if it is the first."""
+        first = not self.adapter_state.configs
+        inject(
+            self.model,
+            name,
+            config,
+            self.adapter_state,
+            trainable=not config.inference_mode if trainable is None else trainable,
+            initialise=initialise,
+            upcast=upcast,
+            strict=strict,
+        )
+        if first:
+            self.activate([name])
+
+    def activate(self, names: Iterable[str], train: Iterable[str] | None = None) -> None:
+        """Make exactly these adapters active; `train` says which of all are trainable."""
+        state = self.adapter_state
+        live_before = state.trainable & set(state.active)
+        state.activate(names)
+        if train is not None:
+            declare_trainable(self.model, state, train)
+        elif live_before != state.trainable & set(state.active):
+            apply_trainability(self.model, state)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        delete_adapter(self.model, adapter_name, self.adapter_state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's output."""
+        return self.model(*args, **kwargs)
+
+    # --- folding -----------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Fold adapters (None: the active ones) into the base weights, reversibly."""
+        fold.fold(self.model, self.adapter_state, adapter_names, safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take all folded adapters out again; the base weights come back bit for bit."""
+        fold.unfold(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The plain model with adapters (None: the active ones) folded in for good."""
+        return fold.merge_and_unload(self.model, self.adapter_state, adapter_names, safe=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """The plain model as it was before it was adapted."""
+        return fold.unload(self.model, self.adapter_state)
+
+    # --- what code in the wild reads ---------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """adapter -> config."""
+        return self.adapter_state.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters in order."""
+        return list(self.adapter_state.active)
+
+    active_adapter = active_adapters
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
