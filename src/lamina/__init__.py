@@ -1,1 +1,140 @@
-"""Lamina: fine-tune a model in several stages with LoRA, each stage built on the one before."""
+"""Fine-tune a model in several LoRA stages; every stage directory is one plain PEFT adapter.
+
+The public names. What needs torch is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lamina._version import __version__
+from lamina.errors import (
+    AdapterNameError,
+    AlreadyAdaptedError,
+    CheckpointError,
+    ConfigError,
+    FoldError,
+    KeyMismatchError,
+    LaminaError,
+    MissingExtraError,
+    MissingFileError,
+    PreflightError,
+    RecordError,
+    StageError,
+    TargetError,
+    UnsupportedFieldError,
+    UnsupportedTargetError,
+)
+
+if TYPE_CHECKING:
+    from lamina.config import (
+        LoraConfig,
+        PeftConfig,
+        PeftType,
+        TaskType,
+    )
+    from lamina.engine.targets import (
+        find_all_linear_names,
+    )
+    from lamina.model import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+        LoraModel,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        check_gradients,
+        get_layer_status,
+        get_model_status,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        preflight,
+        set_peft_model_state_dict,
+    )
+    from lamina.stages import (
+        begin_stage,
+        lineage,
+        load,
+        save_stage,
+    )
+
+__all__ = [
+    "AdapterNameError",
+    "AlreadyAdaptedError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "CheckpointError",
+    "ConfigError",
+    "FoldError",
+    "KeyMismatchError",
+    "LaminaError",
+    "LoraConfig",
+    "LoraModel",
+    "MissingExtraError",
+    "MissingFileError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PreflightError",
+    "RecordError",
+    "StageError",
+    "TargetError",
+    "TaskType",
+    "UnsupportedFieldError",
+    "UnsupportedTargetError",
+    "__version__",
+    "begin_stage",
+    "check_gradients",
+    "find_all_linear_names",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "lineage",
+    "load",
+    "preflight",
+    "save_stage",
+    "set_peft_model_state_dict",
+]
+
+# Where a name lives that is neither an error nor of the facade.
+_ELSEWHERE = {
+    "lamina.config": {"LoraConfig", "PeftConfig", "PeftType", "TaskType"},
+    "lamina.engine.targets": {"find_all_linear_names"},
+    "lamina.stages": {"begin_stage", "lineage", "load", "save_stage"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lamina' has no attribute {name!r}")
+    home = next((m for m, names in _ELSEWHERE.items() if name in names), "lamina.model")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
-from lamina.errors import CheckpointError, MissingFileError
+from lamina.errors import CheckpointError
 from lamina.storage.source import AdapterFiles, PathOrId, find_adapter
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -98,26 +95,6 @@ def _read_pickle(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     ):
         raise CheckpointError(f"{path} holds something other than named tensors.")
     return cast("dict[str, torch.Tensor]", loaded)
-
-
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Names, dtypes and shapes of the tensors in a safetensors file, and its strings; no torch.
-
-    Raises:
-        CheckpointError: the header is not one.
-    """
-    try:
-        with path.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > _MAX_HEADER:
-                raise CheckpointError(f"{path} has a header of {length} bytes: it is damaged.")
-            header = json.loads(opened.read(length))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"There is no {path}.") from error
-    except (OSError, ValueError, struct.error, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    metadata = header.pop("__metadata__", {}) or {}
-    return header, metadata
 
 
 def write_adapter(
