@@ -35,6 +35,8 @@ def silent_patterns(field: str, patterns: Sequence[str], names: Collection[str])
 
 
 def _hint(pattern: str, endings: set[str]) -> str:
+    if pattern in endings:
+        return "; there are modules of that name, but none that this adapter adapts"
     close = nearest(pattern, endings)
     return f"; nearest: {close[0]!r}" if close else ""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lamina.engine.layers import is_linear
-from lamina.engine.names import Place, unadapted
+from lamina.engine.names import Place, unadapted, within
 
 # Heads that are not a language model's, by the names that transformers gives them.
 _HEADS = ("score", "classifier", "qa_outputs", "lm_head", "embed_out")
@@ -25,7 +25,7 @@ def linear_names(
         for place in everything
         if place.name
         and is_linear(place.original)
-        and not _under(place.name, heads)
+        and not any(within(place.name, head) for head in heads)
         and place.name.rpartition(".")[0] not in attention
     ]
 
@@ -47,7 +47,3 @@ def _roots(everything: list[Place]) -> set[str]:
         "",
         *(f"{place.name}." for place in everything if place.name in ("model", "base_model.model")),
     }
-
-
-def _under(name: str, heads: set[str]) -> bool:
-    return any(name == head or name.startswith(f"{head}.") for head in heads)

@@ -75,3 +75,8 @@ def suffixes(name: str) -> Iterator[str]:
     while name:
         yield name
         _, _, name = name.partition(".")
+
+
+def within(name: str, outer: str) -> bool:
+    """Whether a module is `outer` or lies in it."""
+    return name == outer or name.startswith(f"{outer}.")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.engine.conflicts import conflicts
 from lamina.engine.faults import plan_error, silent_patterns, unsupported
 from lamina.engine.init import initialisation
 from lamina.engine.layers import LayerAdapter, LoraLayer, layer_class
 from lamina.engine.linears import head_names, linear_names
-from lamina.engine.names import Place, places, suffixes
+from lamina.engine.names import Place, places, suffixes, within
 
 # What is usual, by the names that an architecture's attention has; the first that fits is taken.
 _USUAL_TARGETS = (
@@ -74,14 +75,15 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
     layers = []
     seen: set[int] = set()
     for place in everything:
-        pattern = finder.pattern_for(place.name)
-        if pattern is None or id(place.original) in seen:
+        patterns = finder.patterns_for(place.name)
+        if not patterns or id(place.original) in seen:
             continue
         seen.add(id(place.original))
-        layer = finder.plan(place, pattern)
+        layer = finder.plan(place, patterns)
         if layer is not None:
             layers.append(layer)
-    faults = finder.faults(layers, strict=strict)
+    faults = finder.faults(strict=strict)
+    faults += conflicts(everything, [layer.name for layer in layers], finder.saved)
     if faults or finder.unsupported:
         raise plan_error(faults, finder.unsupported, linear_names(everything, model), config)
     return Plan(tuple(layers), tuple(finder.saved), dict(finder.counts))
@@ -95,7 +97,9 @@ class _Finder:
         self.everything = everything
         self.names = [place.name for place in everything if place.name]
         self.counts: Counter[str] = Counter()
-        self.used: set[str] = set()
+        # field -> its patterns that matched; those of `shadowed` matched too late to count.
+        self.used: dict[str, set[str]] = defaultdict(set)
+        self.shadowed: dict[str, set[str]] = defaultdict(set)
         self.layer_indices: set[int] = set()
         self.unsupported: list[str] = []
         self.other_faults: list[str] = []
@@ -117,40 +121,38 @@ class _Finder:
 
     def _saved(self) -> list[str]:
         wanted = set(self.config.modules_to_save or ())
-        saved = []
+        saved: list[str] = []
         for name in self.names:
-            hit = next((suffix for suffix in suffixes(name) if suffix in wanted), None)
-            if hit is not None:
-                self.used.add(hit)
+            hits = [suffix for suffix in suffixes(name) if suffix in wanted]
+            self.used["modules_to_save"].update(hits)
+            if hits and not any(within(name, outer) for outer in saved):
                 saved.append(name)
         return saved
 
-    def pattern_for(self, name: str) -> str | None:
-        """The pattern by which a module is adapted; None if it isn't."""
-        if not name:
-            return None
-        pattern = self._hit(self.targets, name)
-        if pattern is None or self._excluded(name) or self._inside_saved(name):
-            return None
-        return pattern if self._layer_wanted(name) else None
+    def patterns_for(self, name: str) -> list[str]:
+        """The patterns by which a module is adapted, the most precise first; none if it isn't."""
+        patterns = self._hits(self.targets, name) if name else []
+        if not patterns or self._excluded(name) or self._inside_saved(name):
+            return []
+        if not self._layer_wanted(name):
+            return []
+        self.used["target_modules"].update(patterns)
+        return patterns
 
-    def _hit(self, targets: Collection[str] | str, name: str) -> str | None:
+    def _hits(self, targets: Collection[str] | str, name: str) -> list[str]:
         if targets == ALL_LINEAR:
-            return ALL_LINEAR if name in self.all_linear else None
+            return [ALL_LINEAR] if name in self.all_linear else []
         if isinstance(targets, str):
-            return targets if re.fullmatch(targets, name) else None
-        return next((suffix for suffix in suffixes(name) if suffix in targets), None)
+            return [targets] if re.fullmatch(targets, name) else []
+        return [suffix for suffix in suffixes(name) if suffix in targets]
 
     def _excluded(self, name: str) -> bool:
-        if not self.config.exclude_modules:
-            return False
-        hit = self._hit(self.config.exclude_modules, name)
-        if hit is not None:
-            self.used.add(hit)
-        return hit is not None
+        hits = self._hits(self.config.exclude_modules or (), name)
+        self.used["exclude_modules"].update(hits)
+        return bool(hits)
 
     def _inside_saved(self, name: str) -> bool:
-        return any(name == saved or name.startswith(f"{saved}.") for saved in self.saved)
+        return any(within(name, saved) for saved in self.saved)
 
     def _layer_wanted(self, name: str) -> bool:
         wanted = self.config.layers_to_transform
@@ -162,18 +164,18 @@ class _Finder:
         self.layer_indices.add(index)
         return index in ([wanted] if isinstance(wanted, int) else wanted)
 
-    def plan(self, place: Place, pattern: str) -> LayerPlan | None:
+    def plan(self, place: Place, patterns: list[str]) -> LayerPlan | None:
         """The plan for a module that is hit, or None and a fault."""
-        self.counts[pattern] += 1
+        self.counts.update(patterns)
         parent = place.name.rpartition(".")[0]
         kind = None if parent in self.attention else layer_class(place.original)
         if kind is None:
             self.unsupported.append(
-                unsupported(place.name, place.original, pattern, parent in self.attention)
+                unsupported(place.name, place.original, patterns[0], parent in self.attention)
             )
             return None
-        r = int(self._lookup(self.config.rank_pattern, place.name, self.config.r))
-        alpha = self._lookup(self.config.alpha_pattern, place.name, self.config.lora_alpha)
+        r = int(self._lookup("rank_pattern", place.name, self.config.r))
+        alpha = self._lookup("alpha_pattern", place.name, self.config.lora_alpha)
         self._check_layer(place, kind, r)
         return LayerPlan(place.name, kind, LayerAdapter.of(self.config, r, alpha))
 
@@ -186,33 +188,35 @@ class _Finder:
         if kind.is_embedding and self.config.lora_bias:
             self.other_faults.append(f"{place.name} is an embedding, which can't have a lora_bias")
 
-    def _lookup(self, table: dict[str, float] | dict[str, int], name: str, default: float) -> float:
-        for pattern, value in table.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                self.used.add(pattern)
-                return value
-        return default
+    def _lookup(self, field: str, name: str, default: float) -> float:
+        table: dict[str, float] = getattr(self.config, field)
+        matching = [pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", name)]
+        if not matching:
+            return default
+        self.used[field].add(matching[0])
+        self.shadowed[field].update(matching[1:])
+        return table[matching[0]]
 
-    def faults(self, layers: Iterable[LayerPlan], *, strict: bool) -> list[str]:
+    def faults(self, *, strict: bool) -> list[str]:
         """Everything that is wrong, apart from what can't be adapted."""
-        config = self.config
-        if not strict:
-            return self.other_faults
         faults = list(self.other_faults)
+        if not strict:
+            return faults
         if not self.targets:
             faults.append("target_modules is None, and this architecture has no usual ones")
-        elif isinstance(self.targets, str):
-            if not self.counts:
-                faults += silent_patterns("target_modules", [self.targets], [])
-        else:
-            silent = sorted(set(self.targets) - self.counts.keys())
-            faults += silent_patterns("target_modules", silent, self.names)
+        faults += self._silent("target_modules", self.targets)
         for field in ("exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            value = getattr(config, field) or ()
-            patterns = [value] if isinstance(value, str) else list(value)
-            silent = [pattern for pattern in patterns if pattern not in self.used]
-            faults += silent_patterns(field, silent, self.names)
+            faults += self._silent(field, getattr(self.config, field) or ())
         return faults + self._silent_layers()
+
+    def _silent(self, field: str, value: Iterable[str]) -> list[str]:
+        patterns = [value] if isinstance(value, str) else value
+        silent = set(patterns) - self.used[field]
+        late = sorted(silent & self.shadowed[field])
+        return [
+            *silent_patterns(field, sorted(silent - self.shadowed[field]), self.names),
+            *(f"{field}: {p!r} has no effect, since earlier entries match first" for p in late),
+        ]
 
     def _silent_layers(self) -> list[str]:
         wanted = self.config.layers_to_transform
