@@ -53,16 +53,15 @@ class Lamina(_Part):
 
     Attributes:
         stage: the stage that trained it last.
-        config: the adapter config of that stage, as in `adapter_config.json`.
+        config: the adapter config of that stage, as in `adapter_config.json`; its own scaling in
+            a module is what this config says there.
         ranks: plain module name -> its rank there. In the file, the ranks of a module are those of
             the laminae in their order.
-        scaling: plain module name -> its own scaling there, where it is not the file's.
     """
 
     stage: str
     config: dict[str, Any]
     ranks: dict[str, int]
-    scaling: dict[str, float] = Field(default_factory=dict)
 
     @field_validator("ranks")
     @classmethod
@@ -103,7 +102,6 @@ class StageRecord(_Part):
         laminae: the groups of ranks, in the order in which they lie in the file.
         saved_modules: module trained whole -> the stage whose copy the file holds.
         biases: bias of the base -> the stage whose values the file holds.
-        lora_bias: the stage of the lamina that carries the sum of the biases of B; None without.
     """
 
     format_version: int = FORMAT_VERSION
@@ -111,7 +109,6 @@ class StageRecord(_Part):
     laminae: tuple[Lamina, ...]
     saved_modules: dict[str, str] = Field(default_factory=dict)
     biases: dict[str, str] = Field(default_factory=dict)
-    lora_bias: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> StageRecord:
@@ -124,7 +121,6 @@ class StageRecord(_Part):
             *(lamina.stage for lamina in self.laminae),
             *self.saved_modules.values(),
             *self.biases.values(),
-            *([self.lora_bias] if self.lora_bias else []),
         ]
         unknown = sorted(set(pointers) - set(names))
         if unknown:

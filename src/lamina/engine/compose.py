@@ -62,7 +62,7 @@ def concatenate(parts: Sequence[Factors], scaling: float) -> Factors:
         part.bias.double() * (part.scaling / scaling) for part in parts if part.bias is not None
     ]
     return Factors(
-        A=torch.cat([part.A.to(dtype) for part in parts], dim=0),
+        A=_stack_rows([part.A.to(dtype) for part in parts], lifted),
         B=torch.cat([b.to(dtype) for b in lifted], dim=1),
         scaling=scaling,
         bias=torch.stack(biases).sum(0).to(dtype) if biases else None,
@@ -75,12 +75,20 @@ def separate(whole: Factors, ranks: Sequence[int], scalings: Sequence[float]) ->
     B comes back bit-exactly where a ratio of scalings is a power of two, else within one unit in
     the last place of fp32.
     """
-    rows = whole.A.split(list(ranks), dim=0)
-    columns = whole.B.split(list(ranks), dim=1)
+    groups = whole.rank // whole.B.shape[1]
+    widths = [rank // groups for rank in ranks]
+    rows = [a.flatten(0, 1) for a in whole.A.unflatten(0, (groups, -1)).split(widths, dim=1)]
+    columns = whole.B.split(widths, dim=1)
     return [
         Factors(a.contiguous(), rescale(b, whole.scaling / scaling).contiguous(), scaling)
         for a, b, scaling in zip(rows, columns, scalings, strict=True)
     ]
+
+
+def _stack_rows(rows: Sequence[torch.Tensor], columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    # A convolution with groups gives each group its own block of ranks: B has r/groups columns.
+    groups = rows[0].shape[0] // columns[0].shape[1]
+    return torch.cat([a.unflatten(0, (groups, -1)) for a in rows], dim=1).flatten(0, 1)
 
 
 def _widest(tensors: Sequence[torch.Tensor]) -> torch.dtype:

@@ -190,7 +190,7 @@ class _Finder:
 
     def _lookup(self, field: str, name: str, default: float) -> float:
         table: dict[str, float] = getattr(self.config, field)
-        matching = [pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", name)]
+        matching = _matching(table, name)
         if not matching:
             return default
         self.used[field].add(matching[0])
@@ -228,6 +228,20 @@ class _Finder:
             return []
         have = f"0 to {max(self.layer_indices)}" if self.layer_indices else "no numbered layers"
         return [f"layers_to_transform has {silent}; the targets lie in layers {have}"]
+
+
+def _matching(patterns: Iterable[str], name: str) -> list[str]:
+    return [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
+
+
+def numbers(config: LoraConfig, name: str) -> tuple[int, float]:
+    """(r, lora_alpha) that a config gives the module of that plain name."""
+    ranks = _matching(config.rank_pattern, name)
+    alphas = _matching(config.alpha_pattern, name)
+    return (
+        config.rank_pattern[ranks[0]] if ranks else config.r,
+        config.alpha_pattern[alphas[0]] if alphas else config.lora_alpha,
+    )
 
 
 def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
@@ -287,6 +301,7 @@ __all__ = [
     "head_names",
     "layer_index",
     "make_plan",
+    "numbers",
     "spell",
     "usual_targets",
 ]

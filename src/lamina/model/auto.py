@@ -62,13 +62,7 @@ class AutoPeftModel:
             config = PeftConfig.from_pretrained(
                 str(pretrained_model_name_or_path), **{k: v for k, v in where.items() if v}
             )
-        name = config.base_model_name_or_path
-        if not name:
-            raise CheckpointError(
-                f"The config of {pretrained_model_name_or_path} doesn't name its base model.",
-                cure="load the base yourself, then PeftModel.from_pretrained(base, path)",
-            )
-        base = cls._base_class(config).from_pretrained(name, revision=config.revision, **kwargs)
+        base = cls.load_base(config, source=str(pretrained_model_name_or_path), **kwargs)
         return facade_class(cls.facade, config).from_pretrained(  # type: ignore[arg-type]
             base,
             pretrained_model_name_or_path,
@@ -77,6 +71,21 @@ class AutoPeftModel:
             config=config,
             **{k: v for k, v in where.items() if v},
         )
+
+    @classmethod
+    def load_base(cls, config: PeftConfig, *, source: str, **kwargs: Any) -> Any:
+        """The base model that a config names.
+
+        Raises:
+            CheckpointError: it names none.
+        """
+        name = config.base_model_name_or_path
+        if not name:
+            raise CheckpointError(
+                f"The config of {source} doesn't name its base model.",
+                cure="load the base yourself and pass it: lamina.load(path, base=base)",
+            )
+        return cls._base_class(config).from_pretrained(name, revision=config.revision, **kwargs)
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> Any:

@@ -29,7 +29,7 @@ class PeftModel(nn.Module):
 
     Args:
         model: any module; it is adapted in place.
-        peft_config: the first adapter's config.
+        peft_config: the first adapter's config; None for a facade without adapters yet.
         adapter_name: its name.
         autocast_adapter_dtype: keep adapters over half-precision weights in fp32.
         low_cpu_mem_usage: leave the adapter's weights on the meta device, to be loaded.
@@ -43,11 +43,13 @@ class PeftModel(nn.Module):
     base_model: LoraModel
     # Heads that a task trains along, by the names that transformers gives them.
     task_heads: ClassVar[tuple[str, ...]] = ()
+    # The stage that is being trained, where one was begun; see lamina.stages.
+    stage: Any = None
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: PeftConfig,
+        peft_config: PeftConfig | None,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -56,15 +58,15 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         refuse_adapted(model)
-        config = self._own_config(model, peft_config, revision)
         tuner = LoraModel(model)
-        tuner.add(
-            adapter_name,
-            config,
-            initialise=not low_cpu_mem_usage,
-            upcast=autocast_adapter_dtype,
-            **options,
-        )
+        if peft_config is not None:
+            tuner.add(
+                adapter_name,
+                self._own_config(model, peft_config, revision),
+                initialise=not low_cpu_mem_usage,
+                upcast=autocast_adapter_dtype,
+                **options,
+            )
         self.base_model = tuner
         self.train(model.training)
         if is_checkpointing(model):

@@ -1,0 +1,100 @@
+"""What an adapter's file holds, told from names and shapes alone; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lamina.checkpoint.record import Base, Lamina, Stage, StageRecord, read_record
+from lamina.config import LoraConfig
+from lamina.errors import RecordError
+
+PREFIX = "base_model.model."
+UNKNOWN = "imported"
+# The names on disk of what an adapted layer has, A first.
+A_LEAVES = ("lora_A.weight", "lora_embedding_A")
+B_LEAVES = ("lora_B.weight", "lora_embedding_B")
+LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """(plain module name, leaf) of a factor; (name without prefix, None) of anything else."""
+    plain = key.removeprefix(PREFIX)
+    for leaf in LEAVES:
+        if plain.endswith(f".{leaf}"):
+            return plain[: -len(leaf) - 1], leaf
+    return plain, None
+
+
+def ranks_in(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Plain module name -> rank, from the shapes of a file's tensors by their names."""
+    ranks = {}
+    for key, shape in shapes.items():
+        module, leaf = split_key(key)
+        if leaf in A_LEAVES:
+            ranks[module] = int(shape[0])
+    return ranks
+
+
+def record_of(
+    config: LoraConfig,
+    shapes: Mapping[str, Sequence[int]],
+    metadata: dict[str, str],
+    *,
+    source: str,
+) -> StageRecord:
+    """The chain in a file: its record, or for a plain adapter one stage of unknown origin.
+
+    Raises:
+        RecordError: the record and the tensors contradict each other.
+    """
+    record = read_record(metadata, source=source)
+    ranks = ranks_in(shapes)
+    if record is None:
+        return _unknown_origin(config, ranks, shapes)
+    totals: dict[str, int] = {}
+    for lamina in record.laminae:
+        for module, rank in lamina.ranks.items():
+            totals[module] = totals.get(module, 0) + rank
+    faults = [
+        f"{module}: rank {ranks.get(module, 0)} in the file, {totals.get(module, 0)} in the record"
+        for module in sorted({*totals, *ranks})
+        if totals.get(module) != ranks.get(module)
+    ]
+    if faults:
+        raise RecordError(
+            f"The stage record of {source} and its tensors contradict each other in "
+            f"{len(faults)} module(s).",
+            faults=faults[:8],
+            cure="another tool has changed the tensors; open it with PeftModel.from_pretrained",
+        )
+    return record
+
+
+def _unknown_origin(
+    config: LoraConfig, ranks: dict[str, int], shapes: Iterable[str]
+) -> StageRecord:
+    base = Base(name_or_path=config.base_model_name_or_path, revision=config.revision)
+    wanted = tuple(config.modules_to_save or ())
+    others = [name for name, leaf in map(split_key, shapes) if leaf is None]
+    saved = {owner for owner in (_saved_owner(name, wanted) for name in others) if owner}
+    biases = [
+        name.replace(".base_layer.", ".")
+        for name in others
+        if name.endswith("bias") and not _saved_owner(name, wanted)
+    ]
+    return StageRecord(
+        stages=(Stage(name=UNKNOWN, mode="fresh", base=base),),
+        laminae=(Lamina(stage=UNKNOWN, config=config.to_dict(), ranks=ranks),),
+        saved_modules=dict.fromkeys(sorted(saved), UNKNOWN),
+        biases=dict.fromkeys(biases, UNKNOWN) if config.bias != "none" else {},
+    )
+
+
+def _saved_owner(name: str, wanted: tuple[str, ...]) -> str | None:
+    """The module trained whole that a tensor belongs to."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        owner = ".".join(parts[:end])
+        if any(owner == each or owner.endswith(f".{each}") for each in wanted):
+            return owner
+    return None

@@ -1,0 +1,207 @@
+"""Begin a stage: fresh, or on a parent in one of three ways."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from torch import nn
+
+from lamina.checkpoint.adapter import read_adapter
+from lamina.checkpoint.record import Lamina, Mode
+from lamina.config import LoraConfig, PeftConfig
+from lamina.engine.fold import check_foldable, fold, unfold
+from lamina.engine.layers import lora_layers
+from lamina.errors import LaminaError, StageError, nearest
+from lamina.model import PeftModel
+from lamina.model.adapted import refuse_adapted
+from lamina.model.loading import facade_class, undone_on_error
+from lamina.stages.bases import base_faults, describe_base
+from lamina.stages.context import StageContext
+from lamina.stages.lamination import Chain, take_apart
+from lamina.stages.restore import restore_part
+
+MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
+# What a config says of its surroundings rather than of the ranks.
+_NOT_COMPARED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "modules_to_save",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+
+
+def begin_stage(
+    base: nn.Module,
+    *,
+    name: str,
+    parent: str | Path | None = None,
+    mode: str | None = None,
+    config: PeftConfig | None = None,
+    allow_base_mismatch: bool = False,
+    keep_unfolded: bool = True,
+    **where: Any,
+) -> PeftModel:
+    """Adapt a base model for a new stage of training.
+
+    - no parent: a fresh adapter with `config`.
+    - "continue": the parent's newest ranks train on, with their config; older ones are frozen.
+    - "stack": a new adapter with `config` trains; all of the parent is frozen and contributes.
+    - "merge": like "stack", with the parent folded into the base's dense weights in memory
+      (summed in fp32, rounded once), so that steps are faster.
+
+    Args:
+        base: the base model, without adapters.
+        name: of the stage; unique in its chain, and the name of the adapter that trains.
+        parent: the directory (or hub id) of the stage, or plain adapter, to build on.
+        mode: "continue", "stack" or "merge"; required with a parent.
+        config: of the new adapter; for "continue" None, or the same as the parent's.
+        allow_base_mismatch: go on although the base's name or shapes are not those on record.
+        keep_unfolded: with "merge", keep the unfolded weights, so that `disable_adapter()` gives
+            the base bit-exactly; False saves their memory.
+        where: `subfolder`, `revision`, `token` ... of a parent on the hub.
+
+    Raises:
+        StageError: with everything that is wrong; nothing has been changed.
+        AlreadyAdaptedError: the base has adapters.
+        FoldError: "merge" on a base that can't be written; nothing has been changed.
+    """
+    refuse_adapted(base)
+    _check_words(name, parent, mode, config)
+    chain = None if parent is None else take_apart(read_adapter(parent, **where))
+    described = describe_base(base)
+    if chain is not None:
+        faults = _chain_faults(chain, name, mode, config)
+        if not allow_base_mismatch:
+            faults += [
+                f"base: {fault}" for fault in base_faults(chain.record.newest.base, described)
+            ]
+        if faults:
+            raise StageError(
+                f"Stage {name!r} can't be begun on {chain.source}.",
+                faults=faults,
+                cure=_cure(faults),
+            )
+    kind_config = config or (chain.parts[-1].config if chain else None)
+    kind = facade_class(PeftModel, cast(LoraConfig, kind_config))
+    with undone_on_error(base):
+        model = kind(base, None)
+        try:
+            older = _build(model, chain, name, mode, config)
+            _check_one_file(model)
+            if mode == "merge":
+                frozen = [adapter for adapter, _ in older]
+                check_foldable(base, frozen)
+                fold(base, model.adapter_state, frozen, keep_unfolded=keep_unfolded)
+        except BaseException:
+            unfold(base)
+            raise
+    trained = chain.parts[-1].lamina.config if chain and mode == "continue" else None
+    model.stage = StageContext(
+        name=name,
+        mode=cast(Mode, mode or "fresh"),
+        base=described,
+        parent=chain.record if chain else None,
+        older=tuple(older),
+        config=trained or cast(LoraConfig, model.peft_config[name]).to_dict(),
+    )
+    return model
+
+
+def _check_words(name: str, parent: object, mode: str | None, config: PeftConfig | None) -> None:
+    """What is wrong with the arguments on their own."""
+    faults = []
+    if mode is not None and mode not in MODES:
+        close = nearest(str(mode), MODES)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        faults.append(f"mode={mode!r} is none of {', '.join(map(repr, MODES))}{hint}")
+    if parent is None and mode in MODES:
+        faults.append(f"mode={mode!r} needs a parent, the directory of the stage before")
+    if parent is not None and mode is None:
+        faults.append(
+            f"with a parent, say how to build on it: mode={' or '.join(map(repr, MODES))}"
+        )
+    if config is None and (parent is None or mode in ("stack", "merge")):
+        faults.append("config is missing: the new adapter needs a LoraConfig")
+    if not isinstance(name, str) or not name:
+        faults.append(f"name={name!r} is not a name")
+    if faults:
+        raise StageError(
+            f"Stage {name!r} can't be begun as asked.",
+            faults=faults,
+            cure='lamina.begin_stage(base, name="chat", parent="runs/domain", mode="stack", '
+            'config=LoraConfig(r=16, target_modules="all-linear"))',
+        )
+
+
+def _chain_faults(
+    chain: Chain, name: str, mode: str | None, config: PeftConfig | None
+) -> list[str]:
+    """What is wrong with this stage on this parent, the base left aside."""
+    names = [stage.name for stage in chain.record.stages]
+    faults = []
+    if name in names:
+        faults.append(f"name: the chain {' -> '.join(names)} already has a stage {name!r}")
+    if mode == "continue" and config is not None:
+        faults += _config_faults(cast(LoraConfig, config), chain.parts[-1].config)
+    return faults
+
+
+def _check_one_file(model: PeftModel) -> None:
+    """Refuse now what could not be saved as one adapter after training."""
+    embeddings = [path for path, layer in lora_layers(model) if layer.is_embedding]
+    biased = [name for name, config in model.peft_config.items() if config.lora_bias]
+    if embeddings and biased:
+        raise StageError(
+            f"lora_bias=True ({', '.join(map(repr, biased))}) can't be saved in one file with an "
+            f"adapted embedding ({embeddings[0]}): an embedding's adapter has no bias.",
+            cure="leave lora_bias out, or don't target the embedding",
+        )
+
+
+def _config_faults(asked: LoraConfig, had: LoraConfig) -> list[str]:
+    theirs, ours = had.to_dict(), asked.to_dict()
+    return [
+        f"config: continue trains the parent's ranks on, so {key} stays {theirs[key]!r}, "
+        f"not {ours[key]!r}"
+        for key in theirs
+        if key not in _NOT_COMPARED and theirs[key] != ours[key]
+    ]
+
+
+def _cure(faults: list[str]) -> str:
+    if any(fault.startswith("name") for fault in faults):
+        return "choose a name that is not in the chain"
+    if any(fault.startswith("config") for fault in faults):
+        return 'leave config out, or use mode="stack" for an adapter with another config'
+    return "load the base that the parent was trained on, or allow_base_mismatch=True if it is"
+
+
+def _build(
+    model: PeftModel,
+    chain: Chain | None,
+    name: str,
+    mode: str | None,
+    config: PeftConfig | None,
+) -> list[tuple[str, Lamina]]:
+    """Put all adapters of the stage into the model; returns those that don't train."""
+    parts = chain.parts if chain else ()
+    older = parts[:-1] if mode == "continue" else parts
+    for part in older:
+        restore_part(model, cast(Chain, chain), part, part.lamina.stage)
+    if mode == "continue":
+        restore_part(model, cast(Chain, chain), parts[-1], name)
+    else:
+        own = model._own_config(model.get_base_model(), copy.deepcopy(cast(PeftConfig, config)))
+        own.inference_mode = False
+        model.base_model.add(name, own, trainable=True)
+    adapters = [part.lamina.stage for part in older]
+    if name in adapters:
+        raise LaminaError(f"There already is an adapter {name!r}.")
+    model.set_adapter([*adapters, name], train=[name])
+    return [(part.lamina.stage, part.lamina) for part in older]

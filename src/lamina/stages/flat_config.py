@@ -1,0 +1,102 @@
+"""The config of a laminated file: one that every PEFT reader takes to mean exactly these ranks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lamina.config import LoraConfig
+from lamina.engine.names import Place, places
+from lamina.engine.targets import make_plan, spell
+from lamina.errors import StageError
+
+
+def flat_config(
+    model: nn.Module,
+    newest: LoraConfig,
+    all_configs: Sequence[LoraConfig],
+    ranks: Mapping[str, int],
+    scaling: float,
+    saved: Sequence[str],
+) -> LoraConfig:
+    """The config of a file with these total ranks, and `scaling` in every module.
+
+    `alpha / r` is the same number everywhere, because some readers take only the global one, and
+    `r` is the largest rank, because some allocate by it.
+
+    Args:
+        model: the base model, adapted.
+        newest: the config of the newest lamina; what is not about ranks is taken from it.
+        all_configs: the configs of all laminae.
+        ranks: plain module name -> total rank.
+        scaling: the file's.
+        saved: plain names of the modules trained whole.
+
+    Raises:
+        StageError: no config means exactly this; a fault of Lamina, told before it is written.
+    """
+    everything = list(places(model))
+    for escape in (False, True):
+        patterns = _rank_patterns(ranks, escape=escape)
+        config = replace(
+            newest,
+            r=max(ranks.values()),
+            lora_alpha=_tidy(scaling * max(ranks.values())),
+            use_rslora=False,
+            rank_pattern=patterns,
+            alpha_pattern={key: _tidy(scaling * rank) for key, rank in patterns.items()},
+            target_modules=set(spell(everything, set(ranks))),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=_saved_names(everything, saved),
+            bias=_widest_bias(all_configs),
+            lora_bias=any(each.lora_bias for each in all_configs),
+            init_lora_weights=True,
+            inference_mode=True,
+        )
+        if _means(model, config, ranks, scaling):
+            return config
+    raise StageError("No adapter config describes this chain; please report the model.")
+
+
+def _rank_patterns(ranks: Mapping[str, int], *, escape: bool) -> dict[str, int]:
+    """Patterns for the ranks that aren't the largest: a last component where it decides."""
+    top = max(ranks.values())
+    by_leaf: dict[str, set[int]] = {}
+    for module, rank in ranks.items():
+        by_leaf.setdefault(module.rpartition(".")[2], set()).add(rank)
+    patterns: dict[str, int] = {}
+    for module, rank in ranks.items():
+        leaf = module.rpartition(".")[2]
+        if len(by_leaf[leaf]) == 1 and not escape:
+            if rank != top:
+                patterns[leaf] = rank
+        elif rank != top or len(by_leaf[leaf]) > 1:
+            patterns[f"^{re.escape(module)}" if escape else module] = rank
+    return patterns
+
+
+def _saved_names(everything: Sequence[Place], saved: Sequence[str]) -> list[str] | None:
+    return spell(everything, set(saved)) if saved else None
+
+
+def _widest_bias(configs: Sequence[LoraConfig]) -> str:
+    kinds = Counter(config.bias for config in configs)
+    return next((kind for kind in ("all", "lora_only") if kind in kinds), "none")
+
+
+def _means(model: nn.Module, config: LoraConfig, ranks: Mapping[str, int], scaling: float) -> bool:
+    plan = make_plan(model, config, strict=False)
+    found = {layer.name: layer.record.r for layer in plan.layers}
+    close = all(abs(x.record.scaling - scaling) <= 1e-12 * abs(scaling) for x in plan.layers)
+    return close and found == dict(ranks)
+
+
+def _tidy(value: float) -> Any:
+    return int(value) if value == int(value) else value

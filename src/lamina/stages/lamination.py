@@ -1,0 +1,139 @@
+"""Many groups of ranks <-> one adapter file: exactly, through concatenation along the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from lamina.checkpoint.adapter import AdapterFile
+from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, record_of, split_key
+from lamina.checkpoint.record import Lamina, StageRecord
+from lamina.config import LoraConfig, PeftConfig
+from lamina.engine.compose import Factors, concatenate, separate
+from lamina.engine.layers import LayerAdapter
+from lamina.engine.targets import numbers
+
+
+@dataclass(frozen=True)
+class Part:
+    """One lamina with its weights.
+
+    Attributes:
+        lamina: its entry in the record.
+        config: its config.
+        factors: plain module name -> its factors there.
+    """
+
+    lamina: Lamina
+    config: LoraConfig
+    factors: dict[str, Factors]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain as it was read from a file.
+
+    Attributes:
+        source: where it came from.
+        record: its record; of a plain adapter, one stage of unknown origin.
+        parts: its laminae, oldest first.
+        others: modules trained whole and biases, by their names on disk.
+    """
+
+    source: str
+    record: StageRecord
+    parts: tuple[Part, ...]
+    others: dict[str, torch.Tensor]
+
+
+def scaling_of(config: LoraConfig, module: str) -> float:
+    """The scaling that a config means in a module."""
+    r, alpha = numbers(config, module)
+    return LayerAdapter.of(config, r, alpha).scaling
+
+
+def take_apart(file: AdapterFile) -> Chain:
+    """The laminae of a file, each with its own factors.
+
+    The biases of B are summed in the file; the newest lamina that has one in a module carries
+    the sum there.
+
+    Raises:
+        RecordError: record and tensors contradict each other.
+    """
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    record = record_of(file.config, shapes, file.metadata, source=file.source)
+    wholes, others = _wholes(file)
+    configs = [
+        cast(LoraConfig, PeftConfig.from_dict(lamina.config, source=f"{file.source} (record)"))
+        for lamina in record.laminae
+    ]
+    factors: list[dict[str, Factors]] = [{} for _ in configs]
+    for module, whole in wholes.items():
+        here = [i for i, lamina in enumerate(record.laminae) if module in lamina.ranks]
+        ranks = [record.laminae[i].ranks[module] for i in here]
+        scalings = [scaling_of(configs[i], module) for i in here]
+        carrier = next((i for i in reversed(here) if configs[i].lora_bias), None)
+        for i, part in zip(here, separate(whole, ranks, scalings), strict=True):
+            factors[i][module] = _with_bias(part, whole, configs[i], carries=i == carrier)
+    parts = tuple(
+        Part(lamina, config, own)
+        for lamina, config, own in zip(record.laminae, configs, factors, strict=True)
+    )
+    return Chain(file.source, record, parts, others)
+
+
+def _with_bias(part: Factors, whole: Factors, config: LoraConfig, *, carries: bool) -> Factors:
+    if not config.lora_bias or whole.bias is None:
+        return part
+    ratio = whole.scaling / part.scaling if carries else 0.0
+    return Factors(part.A, part.B, part.scaling, whole.bias * ratio)
+
+
+def _wholes(file: AdapterFile) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    others = {}
+    for key, tensor in file.tensors.items():
+        module, leaf = split_key(key)
+        if leaf is None:
+            others[key] = tensor
+        else:
+            grouped.setdefault(module, {})[leaf] = tensor
+    wholes = {}
+    for module, leaves in grouped.items():
+        a = next(leaves[leaf] for leaf in A_LEAVES if leaf in leaves)
+        b = next(leaves[leaf] for leaf in B_LEAVES if leaf in leaves)
+        scaling = scaling_of(file.config, module)
+        wholes[module] = Factors(a, b, scaling, leaves.get("lora_B.bias"))
+    return wholes, others
+
+
+def put_together(parts: Sequence[Part], scaling: float) -> dict[str, Factors]:
+    """Plain module name -> the one update that is the sum of all parts, with one scaling."""
+    with_bias = any(part.config.lora_bias for part in parts)
+    modules = dict.fromkeys(module for part in parts for module in part.factors)
+    together = {}
+    for module in modules:
+        whole = concatenate(
+            [part.factors[module] for part in parts if module in part.factors], scaling
+        )
+        if with_bias and whole.bias is None:
+            zeros = whole.B.new_zeros(whole.B.shape[0])
+            whole = Factors(whole.A, whole.B, whole.scaling, zeros)
+        together[module] = whole
+    return together
+
+
+def to_tensors(wholes: Mapping[str, Factors], embeddings: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a file, by their names on disk."""
+    tensors = {}
+    for module, whole in wholes.items():
+        place = 1 if module in embeddings else 0
+        tensors[f"{PREFIX}{module}.{A_LEAVES[place]}"] = whole.A
+        tensors[f"{PREFIX}{module}.{B_LEAVES[place]}"] = whole.B
+        if whole.bias is not None:
+            tensors[f"{PREFIX}{module}.lora_B.bias"] = whole.bias
+    return tensors

@@ -1,0 +1,73 @@
+"""Load a stage for inference, finding its base if none is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lamina.checkpoint.adapter import read_adapter
+from lamina.checkpoint.origin import record_of
+from lamina.checkpoint.record import StageRecord
+from lamina.errors import StageError
+from lamina.model import AutoPeftModel, PeftModel
+from lamina.stages.bases import base_faults, describe_base
+
+_HUB = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "allow_pickle",
+)
+
+
+def load(
+    path: str | Path,
+    base: nn.Module | str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    **options: Any,
+) -> PeftModel:
+    """The base with the whole chain of a stage over it, frozen, in eval mode.
+
+    Args:
+        path: the stage's directory, or any plain PEFT adapter, or a hub id.
+        base: the base model, or its path or hub id; None takes the one on record.
+        allow_base_mismatch: go on although the base's name or shapes are not those on record.
+        options: hub options of the adapter; all else goes to the base's `from_pretrained`
+            (`dtype`, `device_map` ...) when it is loaded here.
+
+    Returns:
+        A model whose one adapter is named after the newest stage.
+
+    Raises:
+        StageError: the base is not the one that the stage was trained on.
+        CheckpointError: files are missing or broken.
+    """
+    hub = {name: options.pop(name) for name in _HUB if name in options}
+    file = read_adapter(path, **hub)
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    record = record_of(file.config, shapes, file.metadata, source=file.source)
+    name = record.newest.name
+    if not isinstance(base, nn.Module):
+        if base is not None:
+            file.config.base_model_name_or_path = str(base)
+        base = AutoPeftModel.load_base(file.config, source=str(path), **options)
+    if not allow_base_mismatch:
+        _check_base(record, base, str(path))
+    model = PeftModel.from_pretrained(base, path, adapter_name=name, config=file.config, **hub)
+    return model.eval()
+
+
+def _check_base(record: StageRecord, base: nn.Module, source: str) -> None:
+    faults = base_faults(record.newest.base, describe_base(base))
+    if faults:
+        raise StageError(
+            f"{source} was trained on another base.",
+            faults=faults,
+            cure="load it on its own base, or pass allow_base_mismatch=True if it is the same",
+        )

@@ -1,0 +1,191 @@
+"""Save a stage as one laminated adapter."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from lamina.checkpoint.adapter import write_adapter
+from lamina.checkpoint.keys import slots
+from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.record import Lamina, Stage, StageRecord
+from lamina.config import LoraConfig, PeftConfig
+from lamina.engine.compose import Factors
+from lamina.engine.layers import lora_layers
+from lamina.engine.names import places
+from lamina.errors import StageError
+from lamina.model import PeftModel
+from lamina.stages.context import StageContext, context_of
+from lamina.stages.flat_config import flat_config
+from lamina.stages.lamination import Part, put_together, to_tensors
+from lamina.storage.atomic import atomic_directory
+
+
+def save_stage(
+    model: PeftModel,
+    path: str | Path,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    data: Any = None,
+) -> StageRecord:
+    """Write the chain that a model holds as one ordinary PEFT adapter with a stage record.
+
+    Ranks of older stages come first. The newest stage's scaling becomes the file's, so its own
+    factors are stored untouched. A crash leaves the old directory or the new one.
+
+    Args:
+        model: from `begin_stage`.
+        path: the stage's directory.
+        metrics: numbers to record, by name.
+        data: what the stage was trained on: anything that JSON can hold.
+
+    Returns:
+        The record that was written.
+
+    Raises:
+        StageError: no stage was begun on the model, or a value can't be recorded.
+    """
+    context = context_of(model)
+    _check_recordable(metrics, data)
+    parts = [
+        *(_part(model, adapter, lamina) for adapter, lamina in context.older),
+        _newest_part(model, context),
+    ]
+    newest = parts[-1]
+    scaling = newest.config.lora_alpha / (
+        math.sqrt(newest.config.r) if newest.config.use_rslora else newest.config.r
+    )
+    wholes = put_together(parts, scaling)
+    saved, biases, others = _others(model, context)
+    record = _record(context, parts, saved, biases, metrics, data)
+    config = flat_config(
+        model.get_base_model(),
+        newest.config,
+        [part.config for part in parts],
+        {module: whole.rank for module, whole in wholes.items()},
+        scaling,
+        list(saved),
+    )
+    config.base_model_name_or_path = context.base.name_or_path
+    embeddings = _embeddings(model)
+    config.fan_in_fan_out = _fan_in_fan_out(model)
+    tensors = {**to_tensors(wholes, embeddings), **others}
+    with atomic_directory(path) as staging:
+        write_adapter(staging, config, tensors, record.to_metadata())
+    return record
+
+
+def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
+    faults = [
+        f"metrics[{name!r}]={value!r} is not a number"
+        for name, value in (metrics or {}).items()
+        if not isinstance(value, (int, float)) or isinstance(value, bool)
+    ]
+    try:
+        Stage(name="x", mode="fresh", data=data).model_dump_json()
+    except ValueError as error:
+        faults.append(f"data can't be written as JSON: {error}")
+    if faults:
+        raise StageError("The stage can't be saved with what it was given.", faults=faults)
+
+
+def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
+    config = cast(LoraConfig, PeftConfig.from_dict(lamina.config))
+    factors = {}
+    for path, layer in lora_layers(model.get_base_model()):
+        record = layer.records.get(adapter)
+        if record is None:
+            continue
+        a, b = layer.factors(adapter)
+        bias = layer.tensors(adapter).get("lora_B.bias")
+        factors[_plain(path)] = Factors(
+            a.detach(), b.detach(), record.scaling, None if bias is None else bias.detach()
+        )
+    return Part(lamina, config, factors)
+
+
+def _newest_part(model: PeftModel, context: StageContext) -> Part:
+    ranks = {
+        _plain(path): layer.records[context.name].r
+        for path, layer in lora_layers(model.get_base_model())
+        if context.name in layer.records
+    }
+    lamina = Lamina(stage=context.name, config=dict(context.config), ranks=ranks)
+    return _part(model, context.name, lamina)
+
+
+def _plain(path: str) -> str:
+    return path.replace("._orig_mod", "").removeprefix("_orig_mod.")
+
+
+def _others(
+    model: PeftModel, context: StageContext
+) -> tuple[dict[str, str], dict[str, str], dict[str, Any]]:
+    """Saved modules and biases with their owners, and their tensors; the newest copy wins."""
+    saved: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    tensors: dict[str, Any] = {}
+    for adapter in (*(adapter for adapter, _ in context.older), context.name):
+        for key, slot in slots(model, adapter, model.adapter_state).items():
+            if slot.kind == "factor":
+                continue
+            tensors[key] = slot.tensor.detach()
+            module = slot.module.removeprefix(PREFIX)
+            if slot.kind == "saved":
+                saved[module] = adapter
+            else:
+                biases[f"{module}.bias"] = adapter
+    return saved, biases, tensors
+
+
+def _record(
+    context: StageContext,
+    parts: list[Part],
+    saved: dict[str, str],
+    biases: dict[str, str],
+    metrics: Mapping[str, float] | None,
+    data: Any,
+) -> StageRecord:
+    stage = Stage(
+        name=context.name,
+        mode=context.mode,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        metrics={key: float(value) for key, value in (metrics or {}).items()},
+        data=data,
+        base=context.base,
+        versions=_versions(),
+    )
+    earlier = context.parent.stages if context.parent else ()
+    return StageRecord(
+        stages=(*earlier, stage),
+        laminae=tuple(part.lamina for part in parts),
+        saved_modules=saved,
+        biases=biases,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("lamina", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _embeddings(model: PeftModel) -> set[str]:
+    base = model.get_base_model()
+    return {_plain(path) for path, layer in lora_layers(base) if layer.is_embedding}
+
+
+def _fan_in_fan_out(model: PeftModel) -> bool:
+    flags = [
+        getattr(place.module, "fan_in_fan_out", None) for place in places(model.get_base_model())
+    ]
+    known = [flag for flag in flags if isinstance(flag, bool)]
+    return bool(known) and all(known)
