@@ -24,12 +24,15 @@ class TrainedBiases:
         parameters: the base's bias parameters that any adapter has trained.
         values: adapter -> name -> values. The entry of `shown` is out of date while it is shown:
             the parameters hold the current values.
+        asked: adapter -> the names that it trains. Its values may hold more: those that an earlier
+            adapter trained, as they were when it was added.
         original: the base's own values, likewise out of date while nobody is shown.
         shown: the adapter whose values are in the parameters now, or None.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     values: dict[str, Values] = field(default_factory=dict)
+    asked: dict[str, frozenset[str]] = field(default_factory=dict)
     original: Values = field(default_factory=dict)
     shown: str | None = None
 
@@ -41,6 +44,7 @@ class TrainedBiases:
             self.original[name] = parameter.data.clone()
             for owned in self.values.values():
                 owned.setdefault(name, parameter.data.clone())
+        self.asked[adapter] = self.asked.get(adapter, frozenset()) | frozenset(parameters)
         self.values[adapter] = {
             name: parameter.data.clone() for name, parameter in self.parameters.items()
         }
@@ -74,6 +78,7 @@ class TrainedBiases:
         if adapter == self.shown:
             self.show(None)
         self.values.pop(adapter, None)
+        self.asked.pop(adapter, None)
 
     def _slot(self, adapter: str | None) -> Values:
         return self.original if adapter is None else self.values[adapter]
@@ -82,23 +87,3 @@ class TrainedBiases:
 def owner(biases: TrainedBiases, contributing: tuple[str, ...]) -> str | None:
     """The adapter whose biases count: the last contributing one that owns any."""
     return next((name for name in reversed(contributing) if name in biases.values), None)
-
-
-def find_biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Parameter]:
-    """The bias parameters that `bias=which` means, by their names in the plain model.
-
-    Args:
-        model: the model, adapted or not.
-        which: "none", "all" or "lora_only".
-        adapted: the plain names of the adapted layers.
-    """
-    if which == "none":
-        return {}
-    found = {}
-    for path, parameter in model.named_parameters():
-        plain = path.replace(".base_layer", "").removeprefix("base_layer.")
-        owner_path, _, leaf = plain.rpartition(".")
-        internal = any(part.startswith(("lora_", "modules_to_save")) for part in path.split("."))
-        if leaf == "bias" and not internal and (which == "all" or owner_path in adapted):
-            found[plain] = parameter
-    return found

@@ -7,9 +7,8 @@ from collections import defaultdict
 from torch import nn
 
 from lamina.config import LoraConfig
-from lamina.engine.biases import find_biases
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, lora_layers, saved_modules
-from lamina.engine.names import Place, places, unadapted
+from lamina.engine.names import Place, places, unadapted, within
 from lamina.engine.state import AdapterState
 from lamina.engine.targets import Plan, make_plan
 from lamina.engine.trainability import apply_trainability, freeze_base
@@ -64,7 +63,7 @@ def inject(
         layer.add_adapter(name, layer_plan.record, init=init, upcast=upcast)
     for saved in plan.saved:
         _save_module(by_name[saved], occupied, name, state)
-    adopted = find_biases(model, config.bias, {layer.name for layer in plan.layers})
+    adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
     if adopted:
         state.biases.adopt(name, adopted)
     apply_trainability(model, state)
@@ -79,6 +78,23 @@ def _save_module(
         wrapper = ModulesToSaveWrapper(place.original, state)
         _put(occupied[id(place.original)], wrapper)
     wrapper.add_adapter(name)
+
+
+def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Parameter]:
+    """The base's biases that `bias=which` means, by their plain names."""
+    found: dict[str, nn.Parameter] = {}
+    whole: list[str] = []
+    for place in places(model):
+        if isinstance(place.module, ModulesToSaveWrapper):
+            # The copy that is trained in its place has biases of its own.
+            whole.append(place.name)
+        bias = place.original._parameters.get("bias")
+        if bias is None or which == "none" or any(within(place.name, outer) for outer in whole):
+            continue
+        known = any(bias is other for other in found.values())
+        if not known and (which == "all" or place.name in adapted):
+            found[f"{place.name}.bias" if place.name else "bias"] = bias
+    return found
 
 
 def _put(spots: list[Place], layer: nn.Module) -> None:

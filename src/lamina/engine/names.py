@@ -43,7 +43,7 @@ class Place:
 def unadapted(module: nn.Module) -> nn.Module:
     """What an adapted layer or a saved module was before; other modules as they are."""
     if isinstance(module, LoraLayer):
-        return module.base_layer
+        return module.get_base_layer()
     if isinstance(module, ModulesToSaveWrapper):
         return module.original_module
     return module

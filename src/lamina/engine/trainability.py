@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from lamina.engine.biases import owner
 from lamina.engine.layers import lora_layers, saved_modules
 from lamina.engine.state import AdapterState
 
@@ -33,9 +34,10 @@ def apply_trainability(model: nn.Module, state: AdapterState) -> None:
         wanted = name in live and _differentiable(parameter)
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
+    shown = owner(state.biases, state.active)
+    asked = state.biases.asked[shown] if shown in live else frozenset()
     for name, parameter in state.biases.parameters.items():
-        owned = any(name in state.biases.values.get(adapter, ()) for adapter in live)
-        parameter.requires_grad_(owned and state.biases.shown in live)
+        parameter.requires_grad_(name in asked)
 
 
 def _differentiable(parameter: nn.Parameter) -> bool:

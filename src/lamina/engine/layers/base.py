@@ -241,7 +241,7 @@ class LoraLayer(nn.Module):
         if not biased:
             return None
         stored = self._unfolded.get("bias", self.base_layer.bias.data)
-        total = stored.to(accumulation_dtype(stored.dtype), copy=True)
+        total: torch.Tensor = stored.to(accumulation_dtype(stored.dtype), copy=True)
         for name in biased:
             total += self.records[name].scaling * self.tensors(name)["lora_B.bias"].data
         return total
@@ -292,7 +292,8 @@ class LoraLayer(nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The layer as it was before it was adapted."""
-        return self.base_layer
+        base: nn.Module = self.base_layer
+        return base
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A` in the factors' dtype, shaped like the base's weight."""
