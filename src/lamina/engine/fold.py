@@ -77,8 +77,8 @@ def check_foldable(model: nn.Module, names: Iterable[str]) -> None:
 def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]]]) -> None:
     tied = _tied_weights(model)
     reasons = [
-        (path, tied.get(id(layer.base_layer)) or layer.why_not_foldable())
-        for path, layer, _ in work
+        (path, tied.get(id(layer.base_layer)) or layer.why_not_foldable(missing))
+        for path, layer, missing in work
     ]
     faults = [f"{path}: {reason}" for path, reason in reasons if reason]
     if faults:
@@ -151,16 +151,27 @@ def as_base(model: nn.Module, state: AdapterState) -> Iterator[None]:
 
     Whatever was folded, active and trainable is so again afterwards, bit for bit.
     """
-    folded = {path: list(layer.merged_adapters) for path, layer in lora_layers(model)}
-    if any(folded.values()):
+    folded = _folded_by_path(model)
+    if folded:
         unfold(model)
     try:
         with state.while_disabled():
             yield
     finally:
-        for path, layer in lora_layers(model):
-            if folded.get(path):
-                layer.fold(folded[path])
+        _fold_again(model, folded)
+
+
+def _folded_by_path(model: nn.Module) -> dict[str, list[str]]:
+    layers = lora_layers(model)
+    return {path: list(layer.merged_adapters) for path, layer in layers if layer.merged_adapters}
+
+
+def _fold_again(model: nn.Module, folded: dict[str, list[str]]) -> None:
+    """Fold what was folded before an `unfold`; where nothing was unfolded nothing is done."""
+    for path, layer in lora_layers(model):
+        missing = [name for name in folded.get(path, ()) if name not in layer.merged_adapters]
+        if missing:
+            layer.fold(missing)
 
 
 def merge_and_unload(
@@ -172,10 +183,14 @@ def merge_and_unload(
 ) -> nn.Module:
     """The plain model with adapters (None: the active ones) folded in for good."""
     wanted = state.check_known(state.active if names is None else names)
-    others = [n for n in folded_adapters(model) if n not in wanted]
-    if others:
+    folded = _folded_by_path(model)
+    if not set(folded_adapters(model)) <= set(wanted):
         unfold(model)
-    fold(model, state, wanted, safe=safe, keep_unfolded=False)
+    try:
+        fold(model, state, wanted, safe=safe, keep_unfolded=False)
+    except FoldError:
+        _fold_again(model, folded)
+        raise
     state.activate(wanted)
     return strip(model, keep_saved=True)
 
@@ -183,7 +198,7 @@ def merge_and_unload(
 def unload(model: nn.Module, state: AdapterState) -> nn.Module:
     """The plain model as it was before it was adapted."""
     unfold(model)
-    state.biases.show(None)
+    state.biases.show(())
     return strip(model, keep_saved=False)
 
 

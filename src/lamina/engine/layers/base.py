@@ -116,10 +116,10 @@ class LoraLayer(nn.Module):
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A`, shaped like the base's weight, summed in at least fp32."""
 
-    def why_not_foldable(self) -> str | None:
-        """None if updates can be folded into this layer, else the reason."""
+    def why_not_foldable(self, names: Sequence[str]) -> str | None:
+        """None if these adapters can be folded into this layer, else the reason."""
         lacks_bias = getattr(self.base_layer, "bias", None) is None
-        if lacks_bias and any(record.lora_bias for record in self.records.values()):
+        if lacks_bias and any(self.records[name].lora_bias for name in names):
             return "its base has no bias that could take up the bias of lora_B (lora_bias=True)"
         return self.weight_view.why_not_writable
 

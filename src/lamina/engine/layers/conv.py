@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ class _ConvNd(LoraLayer):
         delta: torch.Tensor = per_group.reshape(-1, *a.shape[1:])
         return delta * self.records[adapter].scaling
 
-    def why_not_foldable(self) -> str | None:
+    def why_not_foldable(self, names: Sequence[str]) -> str | None:
         groups = self.base_layer.groups
         if groups > 1:
             return f"its update mixes channels across the {groups} groups of the convolution"
-        return super().why_not_foldable()
+        return super().why_not_foldable(names)
 
 
 class Conv1d(_ConvNd):
