@@ -10,7 +10,7 @@ from typing import Any
 from lamina.errors import CheckpointError, MissingFileError
 
 _MAX_HEADER = 100_000_000
-_CURE = "copy, download or save the file again"
+_NOT_ONE = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -26,36 +26,36 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     Source: https://huggingface.co/docs/safetensors (format)
     """
     try:
+        start = data_start(path)
         with path.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > _MAX_HEADER:
-                raise CheckpointError(
-                    f"{path} has a header of {length} bytes: it is damaged.", cure=_CURE
-                )
-            header = json.loads(opened.read(length))
-        size = path.stat().st_size
+            opened.seek(8)
+            header = json.loads(opened.read(start - 8))
         metadata = header.pop("__metadata__", {}) or {}
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        missing = start + end - path.stat().st_size
     except FileNotFoundError as error:
         raise MissingFileError(f"There is no {path}.") from error
-    except (
-        AttributeError,
-        KeyError,
-        OSError,
-        RecursionError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}", cure=_CURE) from error
-    missing = 8 + length + max(ends, default=0) - size
+    except (*_NOT_ONE, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: {error}",
+            cure="copy, download or save the file again",
+        ) from error
     if missing > 0:
-        raise CheckpointError(f"{path} is cut off: {missing} bytes are missing.", cure=_CURE)
+        raise CheckpointError(
+            f"{path} is cut off: {missing:,} bytes are missing.",
+            cure="copy, download or save the file again",
+        )
     return header, metadata
 
 
 def data_start(path: Path) -> int:
-    """The byte at which the tensors of a safetensors file begin."""
+    """The byte at which the tensors of a safetensors file begin.
+
+    Raises:
+        ValueError: the header's length can't be true.
+    """
     with path.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header claims to have {length:,} bytes")
     return 8 + int(length)

@@ -1,0 +1,147 @@
+"""The chain of stages that an adapter holds: who began which ranks, and who went on with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.checkpoint.origin import UNKNOWN
+from lamina.checkpoint.record import Base, Lamina, Mode, Stage, StageRecord
+from lamina.checkpoint.shapes import FactorShapes, scaling_in
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The ranks that one stage began, as they lie in the file.
+
+    Attributes:
+        begun_by: the stage that added them; None if the record doesn't say.
+        continued_by: the stages that trained them on, in order.
+        trained_last_by: the stage whose values the file holds.
+        ranks: plain module name -> its rank.
+        r: the rank in that stage's config.
+        lora_alpha: likewise.
+        target_modules: likewise.
+        scaling: the different scalings that its config gives its modules.
+    """
+
+    begun_by: str | None
+    continued_by: tuple[str, ...]
+    trained_last_by: str
+    ranks: dict[str, int]
+    r: int | None
+    lora_alpha: float | None
+    target_modules: Any
+    scaling: tuple[float, ...]
+
+    @property
+    def rank_range(self) -> tuple[int, int]:
+        """The smallest and the largest rank; (0, 0) without modules."""
+        return (min(self.ranks.values(), default=0), max(self.ranks.values(), default=0))
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage, and what it did.
+
+    Attributes:
+        name: of the stage.
+        mode: "fresh", "continue", "stack" or "merge"; None if its origin is unknown.
+        trained: index of the group of ranks that it trained; None if that can't be told.
+        saved_modules: modules trained whole whose copy in the file is this stage's.
+        biases: likewise, biases of the base.
+        created, metrics, data, base, versions: as the record has them.
+    """
+
+    name: str
+    mode: Mode | None
+    trained: int | None
+    saved_modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    created: str | None = None
+    metrics: Mapping[str, float] | None = None
+    data: Any = None
+    base: Base | None = None
+    versions: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All stages, oldest first, and all groups of ranks in the order of the file."""
+
+    stages: tuple[StageSummary, ...]
+    groups: tuple[RankGroup, ...]
+
+
+def chain_of(record: StageRecord) -> Chain:
+    """Replay a record: `continue` trains the newest group on, every other mode begins one."""
+    trained = _trained_groups(record)
+    groups = tuple(
+        _group(lamina, [s.name for s, i in zip(record.stages, trained, strict=True) if i == index])
+        for index, lamina in enumerate(record.laminae)
+    )
+    stages = tuple(
+        _stage(stage, index, record) for stage, index in zip(record.stages, trained, strict=True)
+    )
+    return Chain(stages, groups)
+
+
+def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) -> Chain:
+    """The chain of an adapter without a record: one stage of unknown origin."""
+    whole = Lamina(stage=UNKNOWN, config=dict(config), ranks={f.module: f.rank for f in factors})
+    saved = tuple(sorted(config.get("modules_to_save") or ()))
+    stage = StageSummary(UNKNOWN, None, 0, saved_modules=saved)
+    return Chain((stage,), (_group(whole, []),))
+
+
+def _trained_groups(record: StageRecord) -> list[int | None]:
+    """For each stage the index of the group that it trained."""
+    trained: list[int | None] = []
+    newest = -1
+    for stage in record.stages:
+        newest += stage.mode != "continue" or newest < 0
+        trained.append(newest)
+    last = {index: stage.name for stage, index in zip(record.stages, trained, strict=True)}
+    told = [last.get(index) for index in range(len(record.laminae))]
+    if told == [lamina.stage for lamina in record.laminae] and newest < len(record.laminae):
+        return trained
+    # Stages without ranks of their own: what is certain is who trained a group last.
+    names = [lamina.stage for lamina in record.laminae]
+    return [names.index(s.name) if s.name in names else None for s in record.stages]
+
+
+def _group(lamina: Lamina, trainers: list[str]) -> RankGroup:
+    config = lamina.config
+    targets = config.get("target_modules")
+    return RankGroup(
+        begun_by=trainers[0] if trainers else None,
+        continued_by=tuple(trainers[1:]),
+        trained_last_by=lamina.stage,
+        ranks=dict(lamina.ranks),
+        r=config.get("r"),
+        lora_alpha=config.get("lora_alpha"),
+        target_modules=targets if isinstance(targets, str) else sorted(targets or []),
+        scaling=tuple(sorted({scaling_in(config, *item) for item in lamina.ranks.items()})),
+    )
+
+
+def _stage(stage: Stage, trained: int | None, record: StageRecord) -> StageSummary:
+    return StageSummary(
+        name=stage.name,
+        mode=stage.mode,
+        trained=trained,
+        saved_modules=tuple(
+            sorted(m for m, by in record.saved_modules.items() if by == stage.name)
+        ),
+        biases=tuple(sorted(b for b, by in record.biases.items() if by == stage.name)),
+        created=stage.created,
+        metrics=stage.metrics,
+        data=stage.data,
+        base=stage.base,
+        versions=stage.versions,
+    )
+
+
+def _owned(owners: Mapping[str, str], stage: str) -> tuple[str, ...]:
+    return tuple(sorted(name for name, owner in owners.items() if owner == stage))

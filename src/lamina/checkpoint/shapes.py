@@ -1,0 +1,102 @@
+"""The adapted modules of a file, by the names and shapes in its headers; no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, split_key
+
+# What a facade's model lies under; plain module names begin after it.
+PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(.+)\.(?:(lora_[AB])\.(?:default\.)?weight|(lora_embedding_[AB])(?:\.default)?)"
+)
+
+
+@dataclass(frozen=True)
+class FactorShapes:
+    """A and B of one module, as a file has them.
+
+    Attributes:
+        module: plain name of the module.
+        keys: names of A and B in the file.
+        shape_A: (r, in, ...); of an embedding (r, rows).
+        shape_B: (out, r, ...).
+    """
+
+    module: str
+    keys: tuple[str, str]
+    shape_A: tuple[int, ...]
+    shape_B: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.shape_A[0]
+
+    @property
+    def shape(self) -> str:
+        """Features in and out, and the kernel if there is one: `32 → 64`, `3 → 8, kernel 3x3`."""
+        text = f"{self.shape_A[1]} → {self.shape_B[0]}"
+        kernel = self.shape_A[2:]
+        return f"{text}, kernel {'x'.join(map(str, kernel))}" if kernel else text
+
+    @property
+    def parameters(self) -> int:
+        """Entries of A and B."""
+        return math.prod(self.shape_A) + math.prod(self.shape_B)
+
+    @property
+    def group(self) -> str:
+        """What modules of its kind are called: the last component, with the one before a number."""
+        parts = self.module.split(".")
+        first = next((i for i in range(len(parts) - 1, 0, -1) if not parts[i].isdigit()), 0)
+        return ".".join(parts[first:])
+
+
+def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorShapes], list[str]]:
+    """The adapted modules in the file's order, and a line for each that is not whole."""
+    halves: dict[str, dict[str, str]] = {}
+    for key in header:
+        module, leaf = split_key(key)
+        if leaf in (*A_LEAVES, *B_LEAVES):
+            halves.setdefault(module, {})["A" if leaf in A_LEAVES else "B"] = key
+    found, faults = [], []
+    for module, keys in sorted(halves.items(), key=lambda item: _natural(item[0])):
+        missing = {"A", "B"} - keys.keys()
+        if missing:
+            faults.append(f"{module} has no {'AB'.strip(''.join(keys))}")
+            continue
+        shapes = [tuple(header[keys[side]]["shape"]) for side in "AB"]
+        if min(map(len, shapes)) < 2:
+            faults.append(f"{module} has factors of the shapes {shapes}")
+            continue
+        found.append(FactorShapes(module, (keys["A"], keys["B"]), shapes[0], shapes[1]))
+    return found, faults
+
+
+def scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """`alpha / r` of a module by its config's patterns, or `alpha / sqrt(r)` with rsLoRA."""
+    alpha = float(config.get("lora_alpha") or 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def group_by_kind(factors: Iterable[FactorShapes]) -> dict[str, list[FactorShapes]]:
+    """`FactorShapes.group` -> its members, in order of appearance."""
+    groups: dict[str, list[FactorShapes]] = {}
+    for each in factors:
+        groups.setdefault(each.group, []).append(each)
+    return groups
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    # Layer 10 comes after layer 9.
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
