@@ -60,8 +60,10 @@ def places(model: nn.Module) -> Iterator[Place]:
 def _walk(module: nn.Module, name: str, parent: nn.Module | None, child: str) -> Iterator[Place]:
     yield Place(name, module, parent, child)
     inner = unadapted(module)
-    for key, grandchild in inner.named_children():
-        yield from _walk(grandchild, _join(name, key, inner), inner, key)
+    # named_children would leave out the second place of a module.
+    for key, grandchild in inner._modules.items():
+        if grandchild is not None:
+            yield from _walk(grandchild, _join(name, key, inner), inner, key)
 
 
 def _join(name: str, child: str, parent: nn.Module) -> str:
