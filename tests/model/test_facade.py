@@ -130,14 +130,12 @@ def test_a_plain_module_is_adapted_too() -> None:
     model = get_peft_model(base, LoraConfig(target_modules=["up", "down"], lora_alpha=16))
     assert torch.equal(model(x), plain)
     fill(model)
-    up, down = base.up, base.down
-    hidden = (
-        up.base_layer(x) + 2 * x @ up.lora_A["default"].weight.T @ up.lora_B["default"].weight.T
-    )
-    hidden = nn.functional.gelu(hidden)
-    expected = down.base_layer(hidden) + 2 * (
-        hidden @ down.lora_A["default"].weight.T @ down.lora_B["default"].weight.T
-    )
+
+    def through(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return layer.base_layer(x) + 2 * x @ a.T @ b.T
+
+    expected = through(base.down, nn.functional.gelu(through(base.up, x)))
     torch.testing.assert_close(model(x), expected)
 
 

@@ -8,7 +8,7 @@ torch wraps around modules (compile, FSDP, data parallel) are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,17 @@ class Slot:
     put: Callable[[torch.Tensor], None]
 
 
-def slots(model: nn.Module, adapter: str, state: AdapterState) -> dict[str, Slot]:
+def slots(
+    model: nn.Module, adapter: str, state: AdapterState, *, alone: bool = False
+) -> dict[str, Slot]:
     """Name on disk -> slot, for every tensor of an adapter.
 
     Args:
         model: the adapted model; of a `PeftModel` the names begin with `base_model.model.`.
         adapter: the adapter's whole name.
         state: the model's shared state.
+        alone: spell the names as if there were no other adapter: that is how they are in a file
+            that holds this one only.
     """
     found: dict[str, Slot] = {}
     seen: set[int] = set()
@@ -60,7 +64,7 @@ def slots(model: nn.Module, adapter: str, state: AdapterState) -> dict[str, Slot
     for place in places(model):
         layer = place.module
         bias_names[place.name] = _join(place.name, "bias")
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and (adapter in layer.records or not alone):
             bias_names[place.name] = _join(place.name, "base_layer.bias")
         if id(layer) in seen:
             continue
@@ -121,6 +125,15 @@ def plain_key(key: str) -> str:
     return _NAMED_EMBEDDING.sub(r".\1", key)
 
 
+def respelt_bias(key: str, wanted: Collection[str]) -> str:
+    """A bias is `x.base_layer.bias` if an adapter is in x, else `x.bias`: the one in `wanted`."""
+    if key in wanted or not key.endswith(".bias"):
+        return key
+    plain = key.replace(".base_layer.bias", ".bias")
+    inner = f"{plain.removesuffix('.bias')}.base_layer.bias"
+    return next((name for name in (plain, inner) if name in wanted), key)
+
+
 def disk_key(key: str, adapter: str) -> str | None:
     """The name on disk of an entry of a model's `state_dict`; None if it isn't of this adapter."""
     key = _WRAPPERS.sub("", key)
@@ -133,6 +146,21 @@ def disk_key(key: str, adapter: str) -> str | None:
         if part == "modules_to_save":
             return ".".join([*parts[:index], *parts[index + 2 :]])
     return key if parts[-1] == "bias" else None
+
+
+def taken(
+    wanted: Collection[str], adapter: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The entries of a model's `state_dict` that `wanted` names on disk, in its order.
+
+    The state dict may be of the model inside a `PeftModel`, and its names may have wrappers' parts.
+    """
+    found = {}
+    for key, tensor in state_dict.items():
+        name = disk_key(key, adapter)
+        for candidate in () if name is None else (name, PREFIX + name):
+            found[respelt_bias(candidate, wanted)] = tensor
+    return {key: found[key] for key in wanted if key in found}
 
 
 def map_keys(keys: Iterable[str], mapping: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import PREFIX, Slot, map_keys, plain_key, slots
+from lamina.checkpoint.keys import Slot, map_keys, plain_key, respelt_bias, slots
+from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.names import places
@@ -110,10 +111,10 @@ def _renamed(
     model_has = any(key.startswith(PREFIX) for key in wanted)
     file_has = any(key.startswith(PREFIX) for key in plain)
     if model_has and not file_has:
-        return {PREFIX + key: tensor for key, tensor in plain.items()}
+        plain = {PREFIX + key: tensor for key, tensor in plain.items()}
     if file_has and not model_has:
-        return {key.removeprefix(PREFIX): tensor for key, tensor in plain.items()}
-    return plain
+        plain = {key.removeprefix(PREFIX): tensor for key, tensor in plain.items()}
+    return {respelt_bias(key, wanted): tensor for key, tensor in plain.items()}
 
 
 def _base_tensors(

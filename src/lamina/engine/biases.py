@@ -7,7 +7,7 @@ object stays, its data changes. The base's values come back whenever no adapter 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,52 +20,56 @@ Values = dict[str, torch.Tensor]
 class TrainedBiases:
     """The biases that adapters own, by their names in the model (without `base_layer`).
 
+    Each name has an owner of its own: an adapter that trains a few leaves the others to whoever
+    trains those.
+
     Attributes:
-        parameters: the base's bias parameters that any adapter has trained.
-        values: adapter -> name -> values. The entry of `shown` is out of date while it is shown:
-            the parameters hold the current values.
-        asked: adapter -> the names that it trains. Its values may hold more: those that an earlier
-            adapter trained, as they were when it was added.
-        original: the base's own values, likewise out of date while nobody is shown.
-        shown: the adapter whose values are in the parameters now, or None.
+        parameters: the base's bias parameters that any adapter trains.
+        values: adapter -> name -> values, for the names that it trains. Out of date where the
+            adapter is shown: there the parameter holds the current values.
+        original: the base's own values, likewise out of date where nobody is shown.
+        shown: name -> the adapter whose values are in the parameter now, or None.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     values: dict[str, Values] = field(default_factory=dict)
-    asked: dict[str, frozenset[str]] = field(default_factory=dict)
     original: Values = field(default_factory=dict)
-    shown: str | None = None
+    shown: dict[str, str | None] = field(default_factory=dict)
 
     def adopt(self, adapter: str, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give `adapter` its own copies of these biases, starting from what they are now."""
-        new = {name: p for name, p in parameters.items() if name not in self.parameters}
-        for name, parameter in new.items():
-            self.parameters[name] = parameter
-            self.original[name] = parameter.data.clone()
-            for owned in self.values.values():
-                owned.setdefault(name, parameter.data.clone())
-        self.asked[adapter] = self.asked.get(adapter, frozenset()) | frozenset(parameters)
-        self.values[adapter] = {
-            name: parameter.data.clone() for name, parameter in self.parameters.items()
-        }
+        for name, parameter in parameters.items():
+            if name not in self.parameters:
+                self.parameters[name] = parameter
+                self.original[name] = parameter.data.clone()
+                self.shown[name] = None
+        owned = self.values.setdefault(adapter, {})
+        owned.update({name: p.data.clone() for name, p in parameters.items()})
 
-    def show(self, adapter: str | None) -> None:
-        """Put the values of `adapter` (None: the base's) into the parameters."""
-        if adapter == self.shown:
-            return
-        self._slot(self.shown).update({n: p.data for n, p in self.parameters.items()})
-        incoming = self._slot(adapter)
+    def owner(self, name: str, contributing: Sequence[str]) -> str | None:
+        """The adapter whose values count: the last contributing one that trains this bias."""
+        for adapter in reversed(contributing):
+            if name in self.values.get(adapter, {}):
+                return adapter
+        return None
+
+    def show(self, contributing: Sequence[str]) -> None:
+        """Put the values that go with these adapters (none: the base's) into the parameters."""
         for name, parameter in self.parameters.items():
-            parameter.data = incoming[name].to(device=parameter.device, dtype=parameter.dtype)
-        self.shown = adapter
+            before, now = self.shown[name], self.owner(name, contributing)
+            if before == now:
+                continue
+            self._slot(before)[name] = parameter.data
+            incoming = self._slot(now)[name]
+            parameter.data = incoming.to(device=parameter.device, dtype=parameter.dtype)
+            self.shown[name] = now
 
     def of(self, adapter: str) -> Values:
-        """The current values of `adapter`; empty if it owns none."""
-        if adapter not in self.values:
-            return {}
-        if adapter == self.shown:
-            return {name: parameter.data for name, parameter in self.parameters.items()}
-        return dict(self.values[adapter])
+        """The current values of the biases that `adapter` trains."""
+        return {
+            name: self.parameters[name].data if self.shown[name] == adapter else value
+            for name, value in self.values.get(adapter, {}).items()
+        }
 
     def assign(self, adapter: str, values: Values) -> None:
         """Set values of biases that `adapter` owns."""
@@ -74,16 +78,11 @@ class TrainedBiases:
             current.copy_(value.to(current.dtype))
 
     def drop(self, adapter: str) -> None:
-        """Forget the values of `adapter`; the caller shows another first."""
-        if adapter == self.shown:
-            self.show(None)
-        self.values.pop(adapter, None)
-        self.asked.pop(adapter, None)
+        """Forget the values of `adapter`; the caller then shows what is left."""
+        for name in self.values.pop(adapter, {}):
+            if self.shown[name] == adapter:
+                self.parameters[name].data = self.original[name].to(self.parameters[name])
+                self.shown[name] = None
 
     def _slot(self, adapter: str | None) -> Values:
         return self.original if adapter is None else self.values[adapter]
-
-
-def owner(biases: TrainedBiases, contributing: tuple[str, ...]) -> str | None:
-    """The adapter whose biases count: the last contributing one that owns any."""
-    return next((name for name in reversed(contributing) if name in biases.values), None)

@@ -143,6 +143,17 @@ def delete_adapter(model: nn.Module, name: str, state: AdapterState) -> None:
     apply_trainability(model, state)
 
 
+def strip_idle(model: nn.Module) -> None:
+    """Put the base layers back where no adapter is left."""
+    for place in list(places(model)):
+        module = place.module
+        idle = (isinstance(module, LoraLayer) and not module.records) or (
+            isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save
+        )
+        if idle and place.parent is not None:
+            setattr(place.parent, place.child, place.original)
+
+
 def strip(model: nn.Module, *, keep_saved: bool) -> nn.Module:
     """Put the base layers back where adapted ones are; the base weights stay as they are now.
 

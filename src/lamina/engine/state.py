@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lamina.config import LoraConfig
-from lamina.engine.biases import TrainedBiases, owner
+from lamina.engine.biases import TrainedBiases
 from lamina.errors import AdapterNameError, nearest
 
 
@@ -48,7 +48,7 @@ class AdapterState:
 
     def show_biases(self) -> None:
         """Put the biases into the model that go with what contributes now."""
-        self.biases.show(owner(self.biases, self.contributing))
+        self.biases.show(self.contributing)
 
     def register(self, name: str, config: LoraConfig, *, trainable: bool) -> None:
         """Make room for a new adapter; it is not active yet."""

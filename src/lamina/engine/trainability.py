@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from lamina.engine.biases import owner
 from lamina.engine.layers import lora_layers, saved_modules
 from lamina.engine.state import AdapterState
 
@@ -34,10 +33,8 @@ def apply_trainability(model: nn.Module, state: AdapterState) -> None:
         wanted = name in live and _differentiable(parameter)
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
-    shown = owner(state.biases, state.active)
-    asked = state.biases.asked[shown] if shown in live else frozenset()
     for name, parameter in state.biases.parameters.items():
-        parameter.requires_grad_(name in asked)
+        parameter.requires_grad_(state.biases.owner(name, state.active) in live)
 
 
 def _differentiable(parameter: nn.Parameter) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine import fold
+from lamina.engine.inject import strip_idle
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
@@ -168,6 +169,7 @@ class PeftModel(nn.Module):
             return loading.fill(self, adapter_name, file, how)
         except BaseException:
             self.delete_adapter(adapter_name)
+            strip_idle(self.get_base_model())
             raise
 
     def save_pretrained(

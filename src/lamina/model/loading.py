@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def read(
             f"from_pretrained doesn't know {', '.join(map(repr, unknown + unsupported))}.",
             cure="leave it out",
         )
-    return read_adapter(model_id, config=config, device=device, **hub), how
+    return read_adapter(model_id, config=copy.deepcopy(config), device=device, **hub), how
 
 
 def facade_class(asked: type[PeftModel], config: LoraConfig) -> type[PeftModel]:

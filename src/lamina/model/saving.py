@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lamina.checkpoint.adapter import write_adapter
-from lamina.checkpoint.keys import disk_key, slots
+from lamina.checkpoint.keys import slots, taken
 from lamina.config import ALL_LINEAR, LoraConfig
 from lamina.engine.layers import Linear, lora_layers
 from lamina.engine.names import places
@@ -53,16 +53,10 @@ def adapter_tensors(
     Raises:
         CheckpointError: `state_dict` was given and lacks some of them.
     """
-    found = slots(model, name, model.adapter_state)
+    found = slots(model, name, model.adapter_state, alone=True)
     if state_dict is None:
         return {key: slot.tensor.detach() for key, slot in found.items()}
-    given = {}
-    for key, tensor in state_dict.items():
-        plain = disk_key(key, name)
-        # A trainer's gathered state dict may begin inside the facade.
-        for candidate in (plain, f"base_model.model.{plain}"):
-            if candidate in found:
-                given[candidate] = tensor
+    given = taken(found, name, state_dict)
     missing = sorted(found.keys() - given.keys())
     if missing:
         raise CheckpointError(
@@ -70,7 +64,7 @@ def adapter_tensors(
             faults=missing[:6],
             cure="gather all parameters before saving, or leave state_dict out",
         )
-    return {key: given[key] for key in found}
+    return given
 
 
 def config_on_disk(model: PeftModel, name: str) -> LoraConfig:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import disk_key, slots
+from lamina.checkpoint.keys import slots, taken
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig, PeftConfig
@@ -67,11 +67,10 @@ def get_peft_model_state_dict(
         unwrap_compiled: accepted; compiled models are understood anyway.
         save_embedding_layers: accepted; only the adapter's own tensors are returned.
     """
-    found = slots(model, adapter_name, _state(model, adapter_name))
+    found = slots(model, adapter_name, _state(model, adapter_name), alone=True)
     if state_dict is None:
         return {key: slot.tensor for key, slot in found.items()}
-    named = {disk_key(key, adapter_name): tensor for key, tensor in state_dict.items()}
-    return {key: named[key] for key in found if key in named}
+    return taken(found, adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(
