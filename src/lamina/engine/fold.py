@@ -151,14 +151,16 @@ def as_base(model: nn.Module, state: AdapterState) -> Iterator[None]:
 
     Whatever was folded, active and trainable is so again afterwards, bit for bit.
     """
-    folded = _folded_by_path(model)
+    # Switching off walks the model only where something is folded in.
+    folded = _folded_by_path(model) if state.folded_layers else {}
     if folded:
         unfold(model)
     try:
         with state.while_disabled():
             yield
     finally:
-        _fold_again(model, folded)
+        if folded:
+            _fold_again(model, folded)
 
 
 def _folded_by_path(model: nn.Module) -> dict[str, list[str]]:

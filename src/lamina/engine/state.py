@@ -28,6 +28,7 @@ class AdapterState:
             adapter is both trainable and active; see `lamina.engine.trainability`.
         disabled: True inside `disable_adapter()`: the model answers as its base.
         biases: the base's biases that adapters have trained along.
+        folded_layers: how many layers have adapters folded in; which ones, the layers know.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class AdapterState:
     trainable: frozenset[str] = frozenset()
     disabled: bool = False
     biases: TrainedBiases = field(default_factory=TrainedBiases)
+    folded_layers: int = 0
 
     @property
     def contributing(self) -> tuple[str, ...]:

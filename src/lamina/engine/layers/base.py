@@ -263,6 +263,8 @@ class LoraLayer(nn.Module):
         # What an earlier fold did not keep is lost: then there is nothing to go back to.
         if keep_unfolded and self.can_unfold:
             self._unfolded = {**before, **self._unfolded}
+        if not self.merged_adapters:
+            self.adapter_state.folded_layers += 1
         self.merged_adapters.extend(names)
 
     @property
@@ -285,6 +287,8 @@ class LoraLayer(nn.Module):
         for attribute, before in self._unfolded.items():
             parameter = getattr(self.base_layer, attribute)
             parameter.data = before.to(device=parameter.device, dtype=parameter.dtype)
+        if self.merged_adapters:
+            self.adapter_state.folded_layers -= 1
         self._unfolded = {}
         self.merged_adapters.clear()
 
