@@ -205,15 +205,12 @@ def _opening(base: Any, name: str, texts: list[_Text]) -> str:
 def _finish(results: Results, out: Path, console: Console) -> None:
     (out / "results.json").write_text(json.dumps(asdict(results), indent=2) + "\n", "utf-8")
     draw_matrix(results.matrix, results.columns, out / "matrix.png")
-    text_console = Console(
-        record=True, width=100, file=(out / "demo.txt").open("w", encoding="utf-8")
-    )
-    for target in (console, text_console):
-        target.print(matrix_table(results.matrix, results.columns))
-        target.print(samples_table(results.samples))
-        for library, difference in results.reload.items():
-            target.print(_reload_line(library, difference))
-    text_console.file.close()
+    with (out / "demo.txt").open("w", encoding="utf-8") as written:
+        for target in (console, Console(width=100, file=written)):
+            target.print(matrix_table(results.matrix, results.columns))
+            target.print(samples_table(results.samples))
+            for library, difference in results.reload.items():
+                target.print(_reload_line(library, difference))
     console.print(f"Plot: {out / 'matrix.png'}. Took {results.seconds:.0f} s.")
 
 

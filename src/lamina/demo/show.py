@@ -83,6 +83,7 @@ def draw_matrix(matrix: Matrix, columns: Sequence[str], path: Path) -> None:
                 va="center",
                 fontsize=10,
                 fontweight="bold" if own else "normal",
+                color="white" if abs(shares[y][x]) > 0.7 * limit else "black",
             )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)

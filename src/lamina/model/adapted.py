@@ -23,17 +23,19 @@ def refuse_adapted(model: nn.Module) -> None:
         f"The model already has adapters: {', '.join(map(repr, names or []))}. A second wrapping "
         "would nest them and save names that nothing can load.",
         faults=[
-            'continue: lamina.begin_stage(base, name="next", parent=DIR, mode="continue") trains '
-            "the same adapter on",
-            'stack: lamina.begin_stage(base, name="next", parent=DIR, mode="stack", config=config) '
-            "trains a new one over the frozen old one",
-            'merge: lamina.begin_stage(base, name="next", parent=DIR, mode="merge", config=config) '
-            "trains a new one over the old one folded into the base",
+            _way("continue", "", "trains the same adapter on"),
+            _way("stack", ", config=config", "trains a new one over the frozen old one"),
+            _way("merge", ", config=config", "trains a new one over the old one, folded in"),
         ],
         cure="save the adapter to DIR, load the base model afresh, and choose one of these; or, on "
         'this model, model.add_adapter("next", config) and '
         'model.set_adapter([..., "next"], train=["next"])',
     )
+
+
+def _way(mode: str, more: str, what: str) -> str:
+    call = f'lamina.begin_stage(base, name="next", parent=DIR, mode="{mode}"{more})'
+    return f"{mode}: {call} {what}"
 
 
 def foreign_adapters(model: nn.Module) -> list[str] | None:

@@ -53,13 +53,16 @@ def load(
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
     name = record.newest.name
-    if not isinstance(base, nn.Module):
-        if base is not None:
-            file.config.base_model_name_or_path = str(base)
-        base = AutoPeftModel.load_base(file.config, source=str(path), **options)
+    if isinstance(base, nn.Module):
+        whole_base: nn.Module = base
+    else:
+        file.config.base_model_name_or_path = base or file.config.base_model_name_or_path
+        whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     if not allow_base_mismatch:
-        _check_base(record, base, str(path))
-    model = PeftModel.from_pretrained(base, path, adapter_name=name, config=file.config, **hub)
+        _check_base(record, whole_base, str(path))
+    model = PeftModel.from_pretrained(
+        whole_base, path, adapter_name=name, config=file.config, **hub
+    )
     return model.eval()
 
 
