@@ -44,10 +44,14 @@ def rescale(tensor: torch.Tensor, ratio: float) -> torch.Tensor:
     """`tensor * ratio`, rounded once; half precision becomes fp32 where it would lose digits."""
     if ratio == 1:
         return tensor
-    dtype = tensor.dtype
-    if dtype.itemsize < 4 and not is_power_of_two(ratio):
-        dtype = torch.float32
-    return (tensor.double() * ratio).to(dtype)
+    exact = tensor.double() * ratio
+    rounded = exact.to(tensor.dtype)
+    if tensor.dtype.itemsize >= 4 or (
+        # fp16 runs out of exponents: its small numbers lose digits even by a power of two.
+        is_power_of_two(ratio) and torch.equal(rounded.double(), exact)
+    ):
+        return rounded
+    return exact.float()
 
 
 def concatenate(parts: Sequence[Factors], scaling: float) -> Factors:
