@@ -121,20 +121,15 @@ class PeftModel(nn.Module):
         """
         refuse_adapted(model)
         file, how = loading.read(model_id, config, options)
-        file.config.inference_mode = not is_trainable
-        kind = loading.facade_class(cls, file.config)
-        with loading.undone_on_error(model):
-            facade = kind(
-                model,
-                file.config,
-                adapter_name,
-                autocast_adapter_dtype,
-                low_cpu_mem_usage=True,
-                trainable=is_trainable,
-                strict=False,
-            )
-            loading.fill(facade, adapter_name, file, how)
-        return facade
+        return loading.over(
+            cls,
+            model,
+            file,
+            how,
+            adapter_name,
+            trainable=is_trainable,
+            upcast=autocast_adapter_dtype,
+        )
 
     def load_adapter(
         self,

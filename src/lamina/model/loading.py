@@ -17,6 +17,7 @@ from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.inject import strip
 from lamina.errors import ConfigError
+from lamina.model.adapted import refuse_adapted
 from lamina.storage.source import PathOrId
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ _IGNORED = ("ephemeral_gpu_offload", "offload_dir", "offload_folder", "max_memor
 class How:
     """The options of a load that concern tensors."""
 
-    strict: bool
-    key_mapping: dict[str, str] | None
-    ignore_mismatched_sizes: bool
+    strict: bool = True
+    key_mapping: dict[str, str] | None = None
+    ignore_mismatched_sizes: bool = False
 
 
 def read(
@@ -73,6 +74,34 @@ def facade_class(asked: type[PeftModel], config: LoraConfig) -> type[PeftModel]:
     if asked is not PeftModel:
         return asked
     return TASKS.get(config.task_type, PeftModel) if config.task_type else PeftModel
+
+
+def over(
+    asked: type[PeftModel],
+    model: nn.Module,
+    file: AdapterFile,
+    how: How,
+    name: str,
+    *,
+    trainable: bool = False,
+    upcast: bool = True,
+) -> PeftModel:
+    """A facade over `model` with the adapter of a file that has been read; all or nothing."""
+    refuse_adapted(model)
+    file.config.inference_mode = not trainable
+    kind = facade_class(asked, file.config)
+    with undone_on_error(model):
+        facade = kind(
+            model,
+            file.config,
+            name,
+            upcast,
+            low_cpu_mem_usage=True,
+            trainable=trainable,
+            strict=False,
+        )
+        fill(facade, name, file, how)
+    return facade
 
 
 def fill(model: PeftModel, name: str, file: AdapterFile, how: How) -> LoadReport:

@@ -11,7 +11,7 @@ from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
-from lamina.model import AutoPeftModel, PeftModel
+from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.stages.bases import base_faults, describe_base
 
 _HUB = (
@@ -60,10 +60,7 @@ def load(
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     if not allow_base_mismatch:
         _check_base(record, whole_base, str(path))
-    model = PeftModel.from_pretrained(
-        whole_base, path, adapter_name=name, config=file.config, **hub
-    )
-    return model.eval()
+    return loading.over(PeftModel, whole_base, file, loading.How(), name).eval()
 
 
 def _check_base(record: StageRecord, base: nn.Module, source: str) -> None:
