@@ -14,6 +14,17 @@ def is_checkpointing(model: Any) -> bool:
     return False
 
 
+def enable_checkpointing(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Let a transformers model recompute activations, whichever name its release has for it."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    old_word, word = ("gradient", "activation") if new else ("activation", "gradient")
+    given = f"{old_word}_checkpointing_kwargs"
+    if given in kwargs:
+        kwargs[f"{word}_checkpointing_kwargs"] = kwargs.pop(given)
+    getattr(model, f"{word}_checkpointing_enable")(*args, **kwargs)
+    hook_inputs(model)
+
+
 def hook_inputs(model: Any) -> None:
     """Let the input embedding's output ask for gradients, as the re-entrant kind needs.
 

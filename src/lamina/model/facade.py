@@ -19,7 +19,7 @@ from lamina.engine.trainability import count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
 from lamina.model import loading, saving
 from lamina.model.adapted import refuse_adapted
-from lamina.model.checkpointing import hook_inputs, is_checkpointing
+from lamina.model.checkpointing import enable_checkpointing, hook_inputs, is_checkpointing
 from lamina.model.describe import trainable_summary
 from lamina.model.tuner import LoraModel
 from lamina.storage.source import PathOrId
@@ -278,10 +278,7 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn checkpointing on, and let gradients through to the adapters."""
-        base: Any = self.get_base_model()
-        enable = getattr(base, "activation_checkpointing_enable", None)
-        (enable or base.gradient_checkpointing_enable)(*args, **kwargs)
-        hook_inputs(base)
+        enable_checkpointing(self.get_base_model(), *args, **kwargs)
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 
