@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,12 +52,11 @@ class Embedding(LoraLayer):
     def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a, b = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         base = self.base_layer
+        # Not with the base's max_norm: torch would shrink A itself, in place.
         looked_up = F.embedding(
             x,
             a.T,
             padding_idx=base.padding_idx,
-            max_norm=base.max_norm,
-            norm_type=base.norm_type,
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
@@ -63,6 +64,11 @@ class Embedding(LoraLayer):
         # Some models scale inside their embedding's forward; the update has to follow.
         scale = getattr(base, "embed_scale", None)
         return update if scale is None else update * torch.as_tensor(scale).to(update)
+
+    def why_not_foldable(self, names: Sequence[str]) -> str | None:
+        if self.base_layer.max_norm is not None:
+            return "its rows would be shrunk to max_norm with the update in them"
+        return super().why_not_foldable(names)
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         a, b = self.factors(adapter)
