@@ -15,7 +15,13 @@ from lamina.checkpoint.header import read_header
 from lamina.checkpoint.origin import split_key
 from lamina.checkpoint.record import Base, StageRecord, read_record
 from lamina.checkpoint.scan import Question, Span, Suspect, scan
-from lamina.checkpoint.shapes import FactorShapes, find_factors, group_by_kind, scaling_in
+from lamina.checkpoint.shapes import (
+    FactorShapes,
+    find_factors,
+    group_by_kind,
+    natural_order,
+    scaling_in,
+)
 from lamina.config import PeftConfig
 from lamina.errors import ConfigError
 from lamina.storage.source import AdapterFiles, PathOrId, find_adapter
@@ -198,7 +204,7 @@ def _suspects(
     for file, header in headers.items():
         questions = [of_factors.get(key, Question(key, _owner(key))) for key in header]
         found += scan(file, header, questions)
-    return tuple(found)
+    return tuple(sorted(found, key=lambda each: natural_order(each.module)))
 
 
 def _questions(factors: FactorShapes, groups: Sequence[RankGroup]) -> list[Question]:

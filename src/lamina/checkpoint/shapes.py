@@ -66,7 +66,7 @@ def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorSh
         if leaf in (*A_LEAVES, *B_LEAVES):
             halves.setdefault(module, {})["A" if leaf in A_LEAVES else "B"] = key
     found, faults = [], []
-    for module, keys in sorted(halves.items(), key=lambda item: _natural(item[0])):
+    for module, keys in sorted(halves.items(), key=lambda item: natural_order(item[0])):
         missing = {"A", "B"} - keys.keys()
         if missing:
             faults.append(f"{module} has no {'AB'.strip(''.join(keys))}")
@@ -97,6 +97,6 @@ def group_by_kind(factors: Iterable[FactorShapes]) -> dict[str, list[FactorShape
     return groups
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    # Layer 10 comes after layer 9.
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, in which layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

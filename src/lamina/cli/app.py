@@ -1,0 +1,78 @@
+"""The application: its verbs, its version, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lamina._version import __version__
+from lamina.cli.demo import demo
+from lamina.cli.env import env
+from lamina.cli.inspect import inspect
+from lamina.cli.lineage import lineage
+from lamina.cli.merge import merge
+from lamina.cli.targets import targets
+from lamina.cli.terminal import print_error
+from lamina.errors import LaminaError
+
+EXIT_CODE = 2
+
+
+class _Verbs(TyperGroup):
+    """Ends on an error of the library with its message; any other error keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LaminaError as error:
+            print_error(error)
+            raise typer.Exit(EXIT_CODE) from error
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The verbs in the order in which they were added, not sorted."""
+        return list(self.commands)
+
+
+app = typer.Typer(
+    name="lamina",
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune a model in several LoRA stages; every stage is one plain PEFT adapter.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _verb in (demo, inspect, lineage, targets, merge, env):
+    app.command()(_verb)
+
+
+def main() -> None:
+    """The entry of the console script `lamina`."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal or pipe that can't show an arrow or a line gets a question mark instead.
+        sys.stdout.reconfigure(errors="replace")
+        sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    app(prog_name="lamina")

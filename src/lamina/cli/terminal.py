@@ -1,0 +1,106 @@
+"""How things look on a terminal: tables, numbers, sizes, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lamina.errors import LaminaError
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the stream as it is now; plain text where that is no terminal."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on the standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_error(error: LaminaError) -> None:
+    """What happened, all faults, and the cure, on the standard error."""
+    lines = [
+        Text.assemble(("error: ", "bold red"), error.what),
+        *(Text(f"  - {fault}") for fault in error.faults),
+        *([Text.assemble(("To mend it: ", "bold"), error.cure)] if error.cure else []),
+    ]
+    for line in lines:
+        console(stderr=True).print(line, soft_wrap=True)
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str]], *, right: Iterable[str]) -> Table:
+    """A table without a frame.
+
+    Args:
+        columns: the headings.
+        rows: the cells as they are to be read.
+        right: the headings of the columns that are aligned to the right.
+    """
+    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    numbers = set(right)
+    for column in columns:
+        made.add_column(
+            Text(column),
+            justify="right" if column in numbers else "left",
+            overflow="fold",
+            no_wrap=column in numbers,
+        )
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and what they are, a line each; without those that are empty."""
+    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        if value:
+            made.add_row(Text(name), Text(value))
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them: `52.1 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def short(count: int) -> str:
+    """A large number in three digits: `135M`."""
+    value = float(count)
+    for unit in ("", "K", "M", "B"):
+        if abs(value) < 999.5 or unit == "B":
+            return f"{value:.3g}{unit}" if unit else f"{count}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def span(values: tuple[int, int]) -> str:
+    """A smallest and a largest value: `4`, `4-8`; `-` for none."""
+    least, most = values
+    if most == 0:
+        return "-"
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def count_of(number: int, thing: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def some(names: Sequence[str], shown: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
