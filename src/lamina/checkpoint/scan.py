@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lamina.checkpoint.header import data_start
 
-Bits: TypeAlias = NDArray[np.unsignedinteger[Any]]
+if TYPE_CHECKING:
+    # It takes longer to import than all of numpy.
+    from numpy.typing import NDArray
+
+    Bits: TypeAlias = NDArray[np.unsignedinteger[Any]]
+
 # dtype on disk -> bytes, and the bits of the smallest magnitude that is not a finite number.
 # Without the sign, the bits of floating-point numbers are ordered as the numbers are.
 _FORMATS = {

@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from lamina.cli.inspect import Json
+from lamina.cli.arguments import Json
 from lamina.cli.terminal import console, facts, print_json, size
-from lamina.environment import describe_environment
 
 
 def env(
@@ -19,6 +18,8 @@ def env(
     as_json: Json = False,
 ) -> None:
     """Show versions, the platform, the processor and, with --gpu, the devices that torch sees."""
+    from lamina.environment import describe_environment
+
     found = describe_environment(with_torch=gpu)
     if as_json:
         print_json(found.to_dict())

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from lamina.checkpoint.chain import Chain, StageSummary
-from lamina.checkpoint.describe import AdapterDescription, describe_adapter
-from lamina.checkpoint.record import Base
-from lamina.checkpoint.scan import Suspect
+from lamina.cli.arguments import Directory, Json, Revision, Subfolder
 from lamina.cli.terminal import console, count_of, facts, print_json, short, size, some, span, table
 
-Directory = Annotated[str, typer.Argument(metavar="DIR", help="An adapter's directory or hub id.")]
-Subfolder = Annotated[str | None, typer.Option(help="A folder in it that holds the adapter.")]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a hub repository.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+if TYPE_CHECKING:
+    from lamina.checkpoint.chain import Chain, StageSummary
+    from lamina.checkpoint.describe import AdapterDescription
+    from lamina.checkpoint.record import Base
+    from lamina.checkpoint.scan import Suspect
 
 
 def inspect(
@@ -32,6 +30,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show an adapter's stages, ranks, sizes and base, and factors that are all zero or NaN."""
+    from lamina.checkpoint.describe import describe_adapter
+
     found = describe_adapter(
         directory, look_for_zeros=not quick, subfolder=subfolder, revision=revision
     )

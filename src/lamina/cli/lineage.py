@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 from rich.tree import Tree
 
-from lamina.checkpoint.chain import Chain, RankGroup, StageSummary
-from lamina.checkpoint.describe import AdapterDescription, describe_adapter
-from lamina.cli.inspect import (
-    Directory,
-    Json,
-    Revision,
-    Subfolder,
-    base_line,
-    metrics_line,
-    when,
-)
+from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.inspect import base_line, metrics_line, when
 from lamina.cli.terminal import console, count_of, print_json, some, span
+
+if TYPE_CHECKING:
+    from lamina.checkpoint.chain import Chain, RankGroup, StageSummary
+    from lamina.checkpoint.describe import AdapterDescription
 
 
 def lineage(
@@ -29,6 +25,8 @@ def lineage(
     as_json: Json = False,
 ) -> None:
     """Show the chain that made an adapter: base, stages, and whose ranks are whose."""
+    from lamina.checkpoint.describe import describe_adapter
+
     found = describe_adapter(
         directory, look_for_zeros=False, subfolder=subfolder, revision=revision
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from lamina.cli.inspect import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import Directory, Json, Revision, Subfolder
 from lamina.cli.terminal import console, facts, print_json, size
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from lamina.cli.inspect import Json, Revision
+from lamina.cli.arguments import Json, Revision
 from lamina.cli.terminal import console, count_of, facts, print_json, short, table
-from lamina.config import ALL_LINEAR, LoraConfig
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,12 +44,13 @@ def targets(
             "target_modules is a list of names or one regular expression, not both.",
             cure="give --pattern or --regex",
         )
+    # The second imports torch, so only now that the arguments make sense.
+    from lamina.config import ALL_LINEAR, LoraConfig
+    from lamina.model.dry_run import dry_run
+
     config = LoraConfig(
         r=r, target_modules=pattern or regex or ALL_LINEAR, exclude_modules=exclude or None
     )
-    # It imports torch.
-    from lamina.model.dry_run import dry_run
-
     found = dry_run(model, config, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(found.to_dict())

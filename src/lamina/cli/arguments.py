@@ -1,0 +1,12 @@
+"""Arguments that several verbs have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="An adapter's directory or hub id.")]
+Subfolder = Annotated[str | None, typer.Option(help="A folder in it that holds the adapter.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a hub repository.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
