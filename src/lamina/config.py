@@ -82,7 +82,8 @@ class PeftConfig:
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        # The order inside a pattern counts: the first entry that matches is taken.
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json` into a directory, which is made if it isn't there."""

@@ -60,14 +60,30 @@ def record_of(
         for module in sorted({*totals, *ranks})
         if totals.get(module) != ranks.get(module)
     ]
+    faults += _faults_of_others(record, shapes)
     if faults:
         raise RecordError(
             f"The stage record of {source} and its tensors contradict each other in "
-            f"{len(faults)} module(s).",
+            f"{len(faults)} place(s).",
             faults=faults[:8],
             cure="another tool has changed the tensors; open it with PeftModel.from_pretrained",
         )
     return record
+
+
+def _faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
+    """What is wrong with modules trained whole and biases."""
+    unseen = {*record.saved_modules, *record.biases}
+    faults = []
+    for name, leaf in map(split_key, shapes):
+        if leaf is not None:
+            continue
+        bias = name.replace(".base_layer.", ".")
+        saved = [module for module in record.saved_modules if name.startswith(f"{module}.")]
+        if bias not in record.biases and not saved:
+            faults.append(f"{name} is in the file, not in the record")
+        unseen -= {bias, *saved}
+    return faults + [f"{name} is in the record, not in the file" for name in sorted(unseen)]
 
 
 def _unknown_origin(

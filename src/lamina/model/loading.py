@@ -15,7 +15,7 @@ from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig, PeftConfig
-from lamina.engine.inject import strip
+from lamina.engine.inject import find_state, strip
 from lamina.errors import ConfigError
 from lamina.model.adapted import refuse_adapted
 from lamina.storage.source import PathOrId
@@ -131,10 +131,16 @@ def fill(model: PeftModel, name: str, file: AdapterFile, how: How) -> LoadReport
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """If anything is raised inside, take all adapters out of the model again."""
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
     try:
         yield
     except BaseException:
+        state = find_state(model)
+        if state is not None:
+            state.biases.show(())
         strip(model, keep_saved=False)
         for parameter, before in asked:
             parameter.requires_grad_(before)
+        for module, mode in training:
+            module.training = mode
         raise

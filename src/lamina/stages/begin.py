@@ -13,7 +13,8 @@ from lamina.checkpoint.record import Lamina, Mode
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
-from lamina.errors import LaminaError, StageError, nearest
+from lamina.engine.state import AdapterState
+from lamina.errors import AdapterNameError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import facade_class, undone_on_error
@@ -27,9 +28,9 @@ MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
 _NOT_COMPARED = {
     "auto_mapping",
     "base_model_name_or_path",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
-    "modules_to_save",
     "peft_version",
     "revision",
     "task_type",
@@ -108,7 +109,7 @@ def begin_stage(
         base=described,
         parent=chain.record if chain else None,
         older=tuple(older),
-        config=trained or cast(LoraConfig, model.peft_config[name]).to_dict(),
+        config=trained or model.peft_config[name].to_dict(),
     )
     return model
 
@@ -123,13 +124,13 @@ def _check_words(name: str, parent: object, mode: str | None, config: PeftConfig
     if parent is None and mode in MODES:
         faults.append(f"mode={mode!r} needs a parent, the directory of the stage before")
     if parent is not None and mode is None:
-        faults.append(
-            f"with a parent, say how to build on it: mode={' or '.join(map(repr, MODES))}"
-        )
+        ways = " or ".join(map(repr, MODES))
+        faults.append(f"with a parent, say how to build on it: mode={ways}")
     if config is None and (parent is None or mode in ("stack", "merge")):
         faults.append("config is missing: the new adapter needs a LoraConfig")
-    if not isinstance(name, str) or not name:
-        faults.append(f"name={name!r} is not a name")
+    elif config is not None and not isinstance(config, LoraConfig):
+        faults.append(f"config is a {type(config).__name__}, not a lamina.LoraConfig")
+    faults += _name_faults(name)
     if faults:
         raise StageError(
             f"Stage {name!r} can't be begun as asked.",
@@ -137,6 +138,16 @@ def _check_words(name: str, parent: object, mode: str | None, config: PeftConfig
             cure='lamina.begin_stage(base, name="chat", parent="runs/domain", mode="stack", '
             'config=LoraConfig(r=16, target_modules="all-linear"))',
         )
+
+
+def _name_faults(name: object) -> list[str]:
+    if not isinstance(name, str):
+        return [f"name={name!r} is not a string"]
+    try:
+        AdapterState().check_new_name(name)
+    except AdapterNameError:
+        return [f"name={name!r} has a dot, is empty or is an attribute of a torch module"]
+    return []
 
 
 def _chain_faults(
@@ -166,6 +177,10 @@ def _check_one_file(model: PeftModel) -> None:
 
 def _config_faults(asked: LoraConfig, had: LoraConfig) -> list[str]:
     theirs, ours = had.to_dict(), asked.to_dict()
+    for values, config in ((theirs, had), (ours, asked)):
+        # The heads of a task are trained along whether the config names them or not.
+        heads = facade_class(PeftModel, config).task_heads
+        values["modules_to_save"] = sorted({*(config.modules_to_save or ())} - {*heads})
     return [
         f"config: continue trains the parent's ranks on, so {key} stays {theirs[key]!r}, "
         f"not {ours[key]!r}"
@@ -193,15 +208,13 @@ def _build(
     parts = chain.parts if chain else ()
     older = parts[:-1] if mode == "continue" else parts
     for part in older:
-        restore_part(model, cast(Chain, chain), part, part.lamina.stage)
+        restore_part(model, cast(Chain, chain), part, part.lamina.stage, drop_out=False)
     if mode == "continue":
-        restore_part(model, cast(Chain, chain), parts[-1], name)
+        restore_part(model, cast(Chain, chain), parts[-1], name, drop_out=True)
     else:
         own = model._own_config(model.get_base_model(), copy.deepcopy(cast(PeftConfig, config)))
         own.inference_mode = False
         model.base_model.add(name, own, trainable=True)
     adapters = [part.lamina.stage for part in older]
-    if name in adapters:
-        raise LaminaError(f"There already is an adapter {name!r}.")
     model.set_adapter([*adapters, name], train=[name])
     return [(part.lamina.stage, part.lamina) for part in older]

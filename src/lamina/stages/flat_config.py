@@ -79,7 +79,8 @@ def _rank_patterns(ranks: Mapping[str, int], *, escape: bool) -> dict[str, int]:
                 patterns[leaf] = rank
         elif rank != top or len(by_leaf[leaf]) > 1:
             patterns[f"^{re.escape(module)}" if escape else module] = rank
-    return patterns
+    # Sorted, as tools that write a config anew sort it: the first entry that matches counts.
+    return dict(sorted(patterns.items()))
 
 
 def _saved_names(everything: Sequence[Place], saved: Sequence[str]) -> list[str] | None:

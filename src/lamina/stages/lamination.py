@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
 from lamina.checkpoint.adapter import AdapterFile
+from lamina.checkpoint.keys import plain_key
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, record_of, split_key
 from lamina.checkpoint.record import Lamina, StageRecord
 from lamina.config import LoraConfig, PeftConfig
@@ -64,6 +65,7 @@ def take_apart(file: AdapterFile) -> Chain:
     Raises:
         RecordError: record and tensors contradict each other.
     """
+    file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
     wholes, others = _wholes(file)

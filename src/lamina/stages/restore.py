@@ -1,21 +1,34 @@
-"""Put a lamina that was read from a file into a model, as a frozen adapter of its own."""
+"""Put a lamina that was read from a file into a model, as an adapter of its own."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.origin import PREFIX
+from lamina.config import LoraConfig
+from lamina.engine.targets import make_plan
 from lamina.model import PeftModel
 from lamina.stages.lamination import Chain, Part, to_tensors
 
 
-def restore_part(model: PeftModel, chain: Chain, part: Part, adapter: str) -> None:
+def restore_part(
+    model: PeftModel, chain: Chain, part: Part, adapter: str, *, drop_out: bool
+) -> None:
     """Add one lamina of a chain to a model, under the name `adapter`, and activate it too.
 
     What the file holds only once, modules trained whole and biases, goes to the lamina of the
     stage that owns it by the record.
+
+    Args:
+        model: the model, with the older laminae.
+        chain: what the lamina is from.
+        part: the lamina.
+        adapter: what to call it in the model.
+        drop_out: keep its `lora_dropout`. Ranks that are frozen for good are part of what the
+            new stage learns on, and act in training as they do in inference.
 
     Raises:
         KeyMismatchError: the lamina's modules and the model's are not the same.
@@ -26,11 +39,15 @@ def restore_part(model: PeftModel, chain: Chain, part: Part, adapter: str) -> No
     config = copy.deepcopy(part.config)
     config.inference_mode = True
     config.modules_to_save = saved or None
-    if not biases:
-        config.bias = "none"
+    config.bias = "none"
+    if not drop_out:
+        config.lora_dropout = 0.0
+    _hit_exactly(model, config, set(part.factors))
     model.base_model.add(adapter, config, trainable=False, initialise=False, strict=False)
     state = model.adapter_state
-    _adopt(model, adapter, biases)
+    if biases:
+        config.bias = part.config.bias
+        _adopt(model, adapter, biases)
     embeddings = {
         slot.module
         for slot in slots(model, adapter, state).values()
@@ -44,18 +61,29 @@ def restore_part(model: PeftModel, chain: Chain, part: Part, adapter: str) -> No
     model.base_model.activate([*(n for n in state.active if n != adapter), adapter])
 
 
+def _hit_exactly(model: PeftModel, config: LoraConfig, modules: set[str]) -> None:
+    """Narrow the targets to `modules` where the config alone would hit more.
+
+    That happens when a module that the stage trained whole now belongs to a newer stage: nothing
+    keeps the config from hitting what lies inside it.
+    """
+    plan = make_plan(model.get_base_model(), config, strict=False)
+    hit = {layer.name for layer in plan.layers}
+    if modules < hit:
+        config.target_modules = "|".join(map(re.escape, sorted(modules)))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
 def _adopt(model: PeftModel, adapter: str, biases: list[str]) -> None:
-    """Let an adapter own biases that its config alone would not give it."""
-    state = model.adapter_state
-    lacking = set(biases) - state.biases.of(adapter).keys()
-    if not lacking:
-        return
+    """Let an adapter own exactly these biases."""
     parameters = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.get_base_model().named_parameters()
         if name.endswith("bias")
     }
-    state.biases.adopt(adapter, {name: parameters[name] for name in lacking if name in parameters})
+    model.adapter_state.biases.adopt(
+        adapter, {name: parameters[name] for name in biases if name in parameters}
+    )
 
 
 def _owned(key: str, saved: list[str], biases: list[str]) -> bool:

@@ -6,6 +6,7 @@ import datetime
 import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +51,7 @@ def save_stage(
         StageError: no stage was begun on the model, or a value can't be recorded.
     """
     context = context_of(model)
+    _check_whole(model, context)
     _check_recordable(metrics, data)
     parts = [
         *(_part(model, adapter, lamina) for adapter, lamina in context.older),
@@ -79,11 +81,22 @@ def save_stage(
     return record
 
 
+def _check_whole(model: PeftModel, context: StageContext) -> None:
+    adapters = [*(adapter for adapter, _ in context.older), context.name]
+    gone = [adapter for adapter in adapters if adapter not in model.peft_config]
+    if gone:
+        raise StageError(
+            f"The model no longer has {', '.join(map(repr, gone))} of the chain "
+            f"{' -> '.join(adapters)}.",
+            cure="begin the stage again; to turn an older adapter off, use set_adapter",
+        )
+
+
 def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
     faults = [
-        f"metrics[{name!r}]={value!r} is not a number"
+        f"metrics[{name!r}]={value!r} is not a finite number"
         for name, value in (metrics or {}).items()
-        if not isinstance(value, (int, float)) or isinstance(value, bool)
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)
     ]
     try:
         Stage(name="x", mode="fresh", data=data).model_dump_json()
