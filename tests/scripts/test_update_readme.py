@@ -1,0 +1,74 @@
+"""Measured figures get between the markers of the README, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.update_readme import put_between, update
+
+README = """before
+<!-- demo:begin -->
+old
+<!-- demo:end -->
+between
+<!-- bench:begin -->
+<!-- bench:end -->
+after
+"""
+RESULTS = {
+    "columns": ["prose", "code"],
+    "matrix": {"base": {"prose": 30.126, "code": 12.0}, "stage 1": {"prose": 20.0, "code": 13.5}},
+    "reload": {"lamina": 0.0, "peft": 3.1e-6},
+    "seconds": 99.6,
+}
+BENCHMARK = {
+    "machine": {"cpu": "a fast one", "cores": 2},
+    "rows": [{"name": "import", "unit": "s", "peft": 3.0, "lamina": 0.5, "ratio": 6.0}],
+}
+
+
+def test_figures_get_between_the_markers_twice_the_same(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    demo = tmp_path / "runs" / "demo"
+    demo.mkdir(parents=True)
+    (demo / "results.json").write_text(json.dumps(RESULTS))
+    (demo / "demo.txt").write_text("a table \\1\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmark.json").write_text(json.dumps(BENCHMARK))
+
+    assert update(tmp_path) == ["demo", "bench"]
+    text = readme.read_text()
+    assert "| base | 30.13 | 12.00 |" in text
+    assert "within 3.1e-06 with peft" in text
+    assert "a table \\1" in text
+    assert "| import | 3 s | 0.5 s | 6.00 |" in text
+    assert "cpu a fast one, cores 2" in text
+    assert "old" not in text
+    assert [line for line in text.splitlines() if line in ("before", "between", "after")] == [
+        "before",
+        "between",
+        "after",
+    ]
+    update(tmp_path)
+    assert readme.read_text() == text
+
+
+def test_nothing_measured_leaves_the_readme_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    assert update(tmp_path) == []
+    assert (tmp_path / "README.md").read_text() == README
+
+
+def test_a_marker_that_is_missing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        put_between("no markers", "demo", "section")
+
+
+def test_the_readme_has_the_markers() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    for name in ("demo", "bench"):
+        assert "\n\nx\n\n" in put_between(text, name, "x")
