@@ -16,6 +16,7 @@ from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors, concatenate, separate
 from lamina.engine.layers import LayerAdapter
 from lamina.engine.targets import numbers
+from lamina.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def take_apart(file: AdapterFile) -> Chain:
     the sum there.
 
     Raises:
+        CheckpointError: a module lacks one of its factors.
         RecordError: record and tensors contradict each other.
     """
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
@@ -105,11 +107,21 @@ def _wholes(file: AdapterFile) -> tuple[dict[str, Factors], dict[str, torch.Tens
         else:
             grouped.setdefault(module, {})[leaf] = tensor
     wholes = {}
+    halves = []
     for module, leaves in grouped.items():
-        a = next(leaves[leaf] for leaf in A_LEAVES if leaf in leaves)
-        b = next(leaves[leaf] for leaf in B_LEAVES if leaf in leaves)
+        a = next((leaves[leaf] for leaf in A_LEAVES if leaf in leaves), None)
+        b = next((leaves[leaf] for leaf in B_LEAVES if leaf in leaves), None)
+        if a is None or b is None:
+            halves.append(f"{module} has no {'A' if a is None else 'B'}")
+            continue
         scaling = scaling_of(file.config, module)
         wholes[module] = Factors(a, b, scaling, leaves.get("lora_B.bias"))
+    if halves:
+        raise CheckpointError(
+            f"{file.source} lacks a factor in {len(halves)} module(s).",
+            faults=halves[:8],
+            cure="save or download the adapter again; the file is incomplete",
+        )
     return wholes, others
 
 

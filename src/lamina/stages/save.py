@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
+
+from pydantic_core import to_jsonable_python
 
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots
@@ -99,7 +102,7 @@ def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)
     ]
     try:
-        Stage(name="x", mode="fresh", data=data).model_dump_json()
+        json.dumps(to_jsonable_python(data, inf_nan_mode="constants"), allow_nan=False)
     except ValueError as error:
         faults.append(f"data can't be written as JSON: {error}")
     if faults:
