@@ -289,7 +289,7 @@ class LoraConfig(PeftConfig):
                 faults.append(f"{name}={rank!r}: a rank is a positive integer")
         alphas = {f"alpha_pattern[{k!r}]": v for k, v in _items(self.alpha_pattern)}
         for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
-            if not _is_number(alpha) or alpha == 0 or math.isnan(alpha):
+            if not _is_number(alpha) or alpha == 0 or not math.isfinite(alpha):
                 faults.append(f"{name}={alpha!r}: a number other than 0 (0 would switch LoRA off)")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             faults.append(f"lora_dropout={self.lora_dropout!r}: a probability from 0 to below 1")
@@ -299,8 +299,14 @@ class LoraConfig(PeftConfig):
         faults = []
         if self.bias not in ("none", "all", "lora_only"):
             faults.append(f"bias={self.bias!r}: one of 'none', 'all', 'lora_only'")
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                faults.append(f"{name}={getattr(self, name)!r}: True or False")
         if not isinstance(self.init_lora_weights, (bool, str)):
             faults.append(f"init_lora_weights={self.init_lora_weights!r}: True, False or a name")
+        elif self.lora_bias and isinstance(self.init_lora_weights, str):
+            # PEFT would not open the file.
+            faults.append("lora_bias=True goes with init_lora_weights=True or False only")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             if isinstance(value, str) and name != "layers_pattern":
@@ -309,16 +315,27 @@ class LoraConfig(PeftConfig):
                 faults.append(f"{name}={value!r}: a string or a list of strings")
         if self.modules_to_save is not None and not _is_names(self.modules_to_save):
             faults.append(f"modules_to_save={self.modules_to_save!r}: a list of strings")
+        return faults + self._faults_of_patterns()
+
+    def _faults_of_patterns(self) -> list[str]:
+        faults = []
         for name in ("rank_pattern", "alpha_pattern"):
-            for key, _ in _items(getattr(self, name)):
+            table = getattr(self, name)
+            if table is not None and not isinstance(table, dict):
+                faults.append(f"{name}={table!r}: a dict from names to numbers")
+            for key, _ in _items(table):
                 faults.extend(_regex_faults(f"{name}[{key!r}]", key))
         return faults
 
     def _faults_of_targets(self) -> list[str]:
         faults = []
+        if not _is_indices(self.layers_to_transform):
+            faults.append(
+                f"layers_to_transform={self.layers_to_transform!r}: an index from 0 up, or a list"
+            )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name):
+                if getattr(self, name) not in (None, [], "", ()):
                     faults.append(f"{name} can't be combined with a string as target_modules")
         if self.layers_pattern and self.layers_to_transform is None:
             faults.append("layers_pattern says where layers are, layers_to_transform which: set it")
@@ -341,7 +358,16 @@ def _is_names(value: object) -> bool:
     )
 
 
-def _regex_faults(name: str, pattern: str) -> list[str]:
+def _is_indices(value: object) -> bool:
+    indices = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or all(
+        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices
+    )
+
+
+def _regex_faults(name: str, pattern: object) -> list[str]:
+    if not isinstance(pattern, str):
+        return [f"{name}: {pattern!r} is not a string"]
     try:
         re.compile(pattern)
     except re.error as error:
