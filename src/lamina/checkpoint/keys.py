@@ -25,6 +25,7 @@ _WRAPPERS = re.compile(
 _PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _NAMED_FACTOR = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.(weight|bias)$")
 _NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.([^.]+)$")
+_DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\.(?:.+\.)?bias)$")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,15 @@ def plain_key(key: str) -> str:
     key = _WRAPPERS.sub("", key)
     key = _NAMED_FACTOR.sub(r".\1.\3", key)
     return _NAMED_EMBEDDING.sub(r".\1", key)
+
+
+def is_double(key: str, keys: Collection[str]) -> bool:
+    """Whether PEFT wrote this only because of `bias="all"`: biases of a module trained whole.
+
+    The trained one is in the file under its own name, and the base has the original.
+    """
+    plain = _DOUBLE.sub(r"\1", key)
+    return plain != key and plain in keys
 
 
 def respelt_bias(key: str, wanted: Collection[str]) -> str:

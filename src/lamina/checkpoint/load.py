@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import Slot, map_keys, plain_key, respelt_bias, slots
+from lamina.checkpoint.keys import Slot, is_double, map_keys, plain_key, respelt_bias, slots
 from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer, lora_layers
@@ -103,6 +103,7 @@ def _renamed(
     tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, Slot], mapping: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     """The tensors under the names that the model uses, as far as that is sure."""
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_double(key, tensors)}
     renamed = map_keys(tensors, mapping)
     plain = {plain_key(renamed[key]): tensor for key, tensor in tensors.items()}
     if len(plain) != len(tensors):
