@@ -33,6 +33,7 @@ PACKAGES = (
     "deepspeed",
     "matplotlib",
 )
+_CPUINFO = Path("/proc/cpuinfo")
 # Instructions that matrix products gain from, as Linux names them on x86 and ARM.
 _FEATURES = (
     "avx",
@@ -124,7 +125,7 @@ def _version(package: str) -> str | None:
 def _processor() -> tuple[str | None, set[str]]:
     """The processor's name and its flags, where Linux tells them."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None, set()
     first = text.split("\n\n", maxsplit=1)[0]

@@ -109,10 +109,9 @@ def _suspects(
 ) -> Iterator[Suspect]:
     width, limit = _FORMATS[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    bits: Bits = content[begin:end].view(f"<u{width}").reshape(entry["shape"])
-    whole = [Span(None, 0, bits.shape[question.axis])] if bits.ndim else []
-    for span in question.spans or whole:
-        part = bits if bits.ndim == 0 else _slice(bits, question.axis, span)
+    bits: Bits = content[begin:end].view(f"<u{width}").reshape(entry["shape"] or [1])
+    for span in question.spans or [Span(None, 0, bits.shape[question.axis])]:
+        part = _slice(bits, question.axis, span)
         largest, bad = _survey(part, width, limit)
         named = (question.key, question.module, question.factor, span.stage)
         if bad:
@@ -130,9 +129,9 @@ def _survey(bits: Bits, width: int, limit: int) -> tuple[int, int]:
     """The largest magnitude's bits, and the number of entries that are not finite."""
     magnitude = bits.dtype.type((1 << (8 * width - 1)) - 1)
     largest = bad = 0
-    rows = max(1, _CHUNK * len(bits) // max(1, bits.size)) if bits.ndim else 1
-    for start in range(0, len(bits) if bits.ndim else 1, rows):
-        chunk = (bits[start : start + rows] if bits.ndim else bits) & magnitude
+    rows = max(1, _CHUNK * len(bits) // bits.size)
+    for start in range(0, len(bits), rows):
+        chunk = bits[start : start + rows] & magnitude
         peak = int(chunk.max(initial=0))
         largest = max(largest, peak)
         if peak >= limit:
