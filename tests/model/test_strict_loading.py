@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_another_prefix_is_refused_with_the_mapping_that_fits(
     assert f"has prefix {new.rstrip('.')!r}" in error.what or new.rstrip(".") in error.what
     found = re.search(r"key_mapping=(\{.*\})", error.cure or "")
     assert found is not None
-    mapping = eval(found[1])
+    mapping = ast.literal_eval(found[1])
     model = PeftModel.from_pretrained(models.tiny_llama(), saved, key_mapping=mapping)
     assert torch.equal(logits(model), logits(llama_adapter()))
 
