@@ -1,0 +1,45 @@
+"""Save a stage over itself, again and again, until killed: `python save_forever.py DIRECTORY`.
+
+Each line of its input begins a child that is forked from this process, with torch loaded. Of each
+save the data, and one value in every tensor, are the same number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from dataclasses import replace
+
+import torch
+
+from lamina.config import LoraConfig
+from lamina.stages import begin_stage, save_stage
+from tests.models import perceptron
+
+torch.set_num_threads(1)
+directory = sys.argv[1]
+model = begin_stage(perceptron(), name="chat", config=LoraConfig(r=4, target_modules=["up"]))
+
+
+def save(number: int) -> None:
+    # The config tells the versions apart too.
+    config = {**model.stage.config, "lora_dropout": number / 1e6}
+    model.stage = replace(model.stage, config=config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(number)
+    save_stage(model, directory, metrics={"number": number}, data=number)
+
+
+save(1)
+start = 2
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        for number in itertools.count(start):
+            save(number)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+    start += 10_000

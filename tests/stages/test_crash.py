@@ -1,0 +1,70 @@
+"""A save of a stage that is killed at any moment leaves the old stage or the new one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lamina.stages import lineage, load
+from tests.models import perceptron
+from tests.stages.chains import config_of, tensors_of
+
+HERE = Path(__file__).parent
+KILLS = 50
+
+
+def version(path: Path) -> int:
+    """The number that config, record and all tensors of a stage agree on."""
+    record = lineage(path)
+    (stage,) = record.stages
+    assert isinstance(stage.data, int)
+    assert stage.metrics == {"number": stage.data}
+    assert record.laminae[0].config["lora_dropout"] == stage.data / 1e6
+    assert config_of(path)["lora_dropout"] == stage.data / 1e6
+    tensors = tensors_of(path)
+    assert len(tensors) == 2
+    assert all(bool((tensor == stage.data).all()) for tensor in tensors.values())
+    assert load(path, perceptron()).active_adapters == ["chat"]
+    return stage.data
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "chat"
+    saver = subprocess.Popen(
+        [sys.executable, str(HERE / "save_forever.py"), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
+    assert saver.stdin is not None
+    assert saver.stdout is not None
+    moments = random.Random(0)
+    versions: list[int] = []
+    with saver:
+        for _ in range(KILLS):
+            print(file=saver.stdin, flush=True)
+            child = int(saver.stdout.readline())
+            time.sleep(moments.uniform(0, 0.06))
+            os.kill(child, signal.SIGKILL)
+            assert saver.stdout.readline() == "dead\n"
+            versions.append(version(path))
+        saver.stdin.close()
+    assert saver.returncode == 0
+    # Each child went on where the directory stood, or died before its first save was published.
+    assert versions == sorted(versions)
+    assert len(set(versions)) > KILLS / 3
+    left = [entry.name for entry in path.parent.iterdir()]
+    assert all(name == "chat" or name.startswith(".") for name in left)
+    assert {entry.name for entry in path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
