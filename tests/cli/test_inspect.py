@@ -36,9 +36,9 @@ def test_shows_stages_ranks_base_and_sizes(tmp_path: Path) -> None:
     assert "domain fresh 4 6 2026-11-24 08:10" in text
     assert "more continue 4 6 - eval_loss 1.25" in text
     assert "chat stack 6 3" in text
-    assert "module count rank r domain r chat in → out parameters" in text
-    assert "q_proj 3 10 4 6 32 → 16 1.44K" in text
-    assert "v_proj 3 4 4 - 32 → 16 576" in text
+    assert "q_proj 3 10 = 4 + 6 32 → 16 1.44K" in text
+    assert "v_proj 3 4 = 4 + 0 32 → 16 576" in text
+    assert "rank = domain + chat" in text
     assert "No factor is all zero" in text
 
 

@@ -15,7 +15,7 @@ from lamina.cli.terminal import console, count_of, facts, print_json, short, siz
 
 if TYPE_CHECKING:
     from lamina.checkpoint.chain import Chain, StageSummary
-    from lamina.checkpoint.describe import AdapterDescription
+    from lamina.checkpoint.describe import AdapterDescription, ModuleKind
     from lamina.checkpoint.record import Base
     from lamina.checkpoint.scan import Suspect
 
@@ -87,7 +87,7 @@ def _print_stages(out: Console, chain: Chain) -> None:
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     out.print()
-    out.print(table(columns, rows, right=("rank", "modules")))
+    out.print(table(columns, rows, right=("rank", "modules"), folded=("metrics",)))
 
 
 def _stage_row(stage: StageSummary, chain: Chain) -> list[str]:
@@ -113,23 +113,22 @@ def metrics_line(stage: StageSummary) -> str:
 
 
 def _print_modules(out: Console, found: AdapterDescription) -> None:
-    groups = found.chain.groups if len(found.chain.groups) > 1 else ()
-    names = [group.begun_by or group.trained_last_by for group in groups]
     rows = [
-        [
-            kind.name,
-            str(kind.count),
-            span(kind.rank),
-            *(span(each) for each in kind.ranks[: len(groups)]),
-            ", ".join(kind.shapes),
-            short(kind.parameters),
-        ]
+        [kind.name, str(kind.count), _ranks(kind), ", ".join(kind.shapes), short(kind.parameters)]
         for kind in found.modules
     ]
-    numbers = ["count", "rank", *(f"r {name}" for name in names), "parameters"]
-    columns = ["module", *numbers[:-1], "in → out", "parameters"]
+    columns = ["module", "count", "rank", "in → out", "parameters"]
     out.print()
-    out.print(table(columns, rows, right=numbers))
+    out.print(table(columns, rows, right=("count", "parameters"), folded=("module",)))
+    names = [group.begun_by or group.trained_last_by for group in found.chain.groups]
+    if len(names) > 1:
+        out.print(Text(f"rank = {' + '.join(names)}", style="dim"))
+
+
+def _ranks(kind: ModuleKind) -> str:
+    """The rank, and in a chain its parts: `10 = 4 + 6`."""
+    parts = " + ".join(span(each) for each in kind.ranks)
+    return f"{span(kind.rank)} = {parts}" if len(kind.ranks) > 1 else span(kind.rank)
 
 
 def _print_health(out: Console, found: AdapterDescription) -> None:

@@ -68,7 +68,7 @@ def _print(found: DryRun) -> None:
     )
     out.print()
     counts = [[name, str(count)] for name, count in found.counts.items()]
-    out.print(table(["pattern", "layers"], counts, right=["layers"]))
+    out.print(table(["pattern", "layers"], counts, right=["layers"], folded=["pattern"]))
     out.print()
     rows = [
         [
@@ -81,7 +81,7 @@ def _print(found: DryRun) -> None:
         for kind in found.kinds
     ]
     columns = ["module", "count", "layer", "in → out", "parameters"]
-    out.print(table(columns, rows, right=["count", "parameters"]))
+    out.print(table(columns, rows, right=["count", "parameters"], folded=["module"]))
     out.print()
     layers = count_of(sum(kind.count for kind in found.kinds), "layer")
     share = 100 * found.parameters / found.base_parameters

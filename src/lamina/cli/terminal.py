@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import typer
@@ -35,22 +35,28 @@ def print_error(error: LaminaError) -> None:
         console(stderr=True).print(line, soft_wrap=True)
 
 
-def table(columns: Iterable[str], rows: Iterable[Sequence[str]], *, right: Iterable[str]) -> Table:
+def table(
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[str] = (),
+    folded: Collection[str] = (),
+) -> Table:
     """A table without a frame.
 
     Args:
         columns: the headings.
         rows: the cells as they are to be read.
         right: the headings of the columns that are aligned to the right.
+        folded: the headings of the columns that go over several lines where room is short.
     """
-    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    numbers = set(right)
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(
             Text(column),
-            justify="right" if column in numbers else "left",
-            overflow="fold",
-            no_wrap=column in numbers,
+            justify="right" if column in right else "left",
+            overflow="fold" if column in folded else "ellipsis",
+            no_wrap=column not in folded,
         )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
@@ -59,7 +65,7 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], *, right: Itera
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     """Names and what they are, a line each; without those that are empty."""
-    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:
@@ -88,10 +94,8 @@ def short(count: int) -> str:
 
 
 def span(values: tuple[int, int]) -> str:
-    """A smallest and a largest value: `4`, `4-8`; `-` for none."""
+    """A smallest and a largest value: `4`, `4-8`."""
     least, most = values
-    if most == 0:
-        return "-"
     return str(least) if least == most else f"{least}-{most}"
 
 

@@ -1,0 +1,92 @@
+"""Merging models of other kinds, and what happens when the file can't be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lamina import LoraConfig, get_peft_model, load
+from lamina.stages.merged import answers, save_merged
+from tests import adapters, models
+
+
+def saved(base: Any, directory: Path, **config: Any) -> tuple[Path, Path]:
+    """A base and a filled adapter over it, both on disk."""
+    base.save_pretrained(directory / "base")
+    base.name_or_path = str(directory / "base")
+    model = get_peft_model(base, LoraConfig(r=4, **config))
+    adapters.fill(model)
+    model.save_pretrained(directory / "adapter")
+    return directory / "adapter", directory / "base"
+
+
+def test_a_classifier_takes_its_new_head_along(tmp_path: Path) -> None:
+    base = models.tiny_bert_classifier()
+    adapter, _ = saved(base, tmp_path, target_modules=["query"], task_type="SEQ_CLS")
+    expected = adapters.logits(load(adapter))
+    report = save_merged(adapter, tmp_path / "out")
+    assert report.model_class == "BertForSequenceClassification"
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert (adapters.logits(merged) - expected).abs().max() < 1e-5
+    plain = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert not torch.equal(merged.classifier.weight, plain.classifier.weight)
+
+
+def test_an_encoder_decoder_is_compared_too(tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0
+    )
+    base = T5ForConditionalGeneration(config).eval()
+    adapter, _ = saved(base, tmp_path, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    report = save_merged(adapter, tmp_path / "out")
+    assert report.max_logit_difference is not None
+    assert report.max_logit_difference < 1e-4
+    assert report.max_logit is not None
+    assert report.max_logit > 0
+
+
+def test_answers_are_the_same_each_time_and_in_fp32() -> None:
+    model = models.tiny_llama().bfloat16()
+    first, second = answers(model), answers(model)
+    assert first is not None
+    assert second is not None
+    assert first.dtype == torch.float32
+    assert first.shape == (1, 16, models.VOCABULARY)
+    assert torch.equal(first, second)
+
+
+def test_what_takes_no_tokens_is_not_compared() -> None:
+    assert answers(models.perceptron()) is None
+
+
+def test_a_model_that_cannot_be_opened_again_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, _ = saved(
+        models.tiny_llama(), tmp_path, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    calls = []
+
+    def fail_the_second_time(model: Any) -> torch.Tensor:
+        calls.append(model)
+        if len(calls) == 2:
+            raise RuntimeError("the file is broken")
+        return torch.zeros(1)
+
+    monkeypatch.setattr("lamina.stages.merged.answers", fail_the_second_time)
+    with pytest.raises(RuntimeError, match="broken"):
+        save_merged(adapter, out, force=True)
+    assert [file.name for file in out.iterdir()] == ["config.json"]
+    assert (out / "config.json").read_text() == "old"
