@@ -31,10 +31,6 @@ class _Verbs(TyperGroup):
             print_error(error)
             raise typer.Exit(EXIT_CODE) from error
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The verbs in the order in which they were added, not sorted."""
-        return list(self.commands)
-
 
 app = typer.Typer(
     name="lamina",
