@@ -65,11 +65,6 @@ def adapted_names(model: nn.Module) -> set[str]:
     return {path for path, _ in lora_layers(model)}
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and buffers."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     """The same names and, bit for bit, the same numbers in the same dtypes."""
     assert before.keys() == after.keys()

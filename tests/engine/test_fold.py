@@ -20,7 +20,8 @@ from lamina.engine.fold import (
 from lamina.engine.inject import delete_adapter
 from lamina.errors import AdapterNameError, FoldError
 from tests import models
-from tests.engine.adapters import adapt, adapted_names, assert_same, layer_of, weights
+from tests.adapters import weights
+from tests.engine.adapters import adapt, adapted_names, assert_same, layer_of
 
 X = torch.linspace(-1, 1, 32).reshape(2, 16)
 ALL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], torch.Tensor]] = {

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lamina.engine.fold import merge_and_unload
+from lamina.engine.fold import fold, merge_and_unload, unfold
 from lamina.engine.inject import find_state, strip
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import places
 from lamina.engine.trainability import declare_trainable
 from lamina.errors import AdapterNameError, TargetError, UnsupportedTargetError
 from tests import models
-from tests.engine.adapters import adapt, adapted_names, assert_same, layer_of, randomise, weights
+from tests.adapters import weights
+from tests.engine.adapters import adapt, adapted_names, assert_same, layer_of, randomise
 
 X = torch.linspace(-1, 1, 32).reshape(2, 16)
 
@@ -70,6 +71,14 @@ def test_a_shared_module_trained_whole_is_so_everywhere() -> None:
     adapt(other, target_modules=["fc"], modules_to_save=["second"])
     assert isinstance(other.first, ModulesToSaveWrapper)
     assert other.first is other.second is other.block[0]
+
+
+def test_a_module_that_lies_in_itself_is_walked_once() -> None:
+    model = models.perceptron()
+    model.act.owner = model
+    assert [place.name for place in places(model) if "act" in place.name] == ["act"]
+    adapt(model, target_modules=["up"])
+    assert adapted_names(model) == {"up"}
 
 
 # --- attention --------------------------------------------------------------------------------
@@ -246,6 +255,17 @@ def test_a_deep_copy_is_independent_state_included() -> None:
     parameters = dict(clone.named_parameters())
     bias = "bert.encoder.layer.0.attention.self.query"
     assert own.biases.parameters[f"{bias}.bias"] is parameters[f"{bias}.base_layer.bias"]
+
+
+def test_a_copy_of_a_folded_model_unfolds_on_its_own() -> None:
+    model = models.perceptron()
+    state = adapt(model, target_modules=["up"])
+    fold(model, state)
+    folded = model.up.base_layer.weight.detach().clone()
+    clone = copy.deepcopy(model)
+    unfold(clone)
+    assert torch.equal(clone.up.base_layer.weight, models.perceptron().up.weight)
+    assert torch.equal(model.up.base_layer.weight, folded)
 
 
 def test_a_pickled_model_comes_back_with_its_adapters() -> None:

@@ -11,7 +11,8 @@ from lamina.engine.state import AdapterState
 from lamina.engine.trainability import apply_trainability, count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
 from tests import models
-from tests.engine.adapters import adapt, assert_same, layer_of, weights
+from tests.adapters import trained, weights
+from tests.engine.adapters import adapt, assert_same, layer_of
 
 # A name that looks like an adapter's internals.
 NORM = "block.base_layer_norm"
@@ -20,10 +21,6 @@ X = torch.linspace(-1, 1, 32).reshape(2, 16)
 
 def update(model: nn.Module, path: str, name: str) -> torch.Tensor:
     return layer_of(model, path).delta_weight(name)
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def two_adapters() -> tuple[nn.Module, AdapterState]:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.targets import Plan, find_all_linear_names, layer_index, make_plan
 from lamina.errors import TargetError, UnsupportedFieldError, UnsupportedTargetError
 from tests import models
-from tests.engine.adapters import adapt, adapted_names, assert_same, weights
+from tests.adapters import weights
+from tests.engine.adapters import adapt, adapted_names, assert_same
 
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 NOT_ADAPTED = "there are modules of that name, but none that this adapter adapts"
@@ -264,6 +268,38 @@ def test_numbers_that_also_mean_other_modules_get_longer_names() -> None:
     found = find_all_linear_names(model)
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert linear == ["0.0", "0.2", "2"]
+    assert names(plan(model, target_modules=found)) == linear
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(2, 2),
+    "relu": nn.ReLU,
+    "norm": lambda: nn.LayerNorm(2),
+}
+trees = st.recursive(
+    st.sampled_from(sorted(KINDS)),
+    lambda inner: st.dictionaries(st.sampled_from(["0", "1", "proj", "mlp"]), inner, min_size=1),
+    max_leaves=12,
+)
+
+
+def grown(tree: Any) -> nn.Module:
+    if isinstance(tree, str):
+        return KINDS[tree]()
+    return nn.ModuleDict({name: grown(inner) for name, inner in tree.items()})
+
+
+@given(st.dictionaries(st.sampled_from(["0", "1", "proj", "mlp"]), trees, min_size=1))
+def test_the_names_mean_all_linears_of_any_tree_and_nothing_else(tree: Any) -> None:
+    model = grown(tree)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    others = [n for n, m in model.named_modules() if n and not isinstance(m, nn.Linear)]
+    # What no list of endings can tell apart.
+    assume(linear and not any(o.endswith(f".{n}") for o in others for n in linear))
+    found = find_all_linear_names(model)
+    assert names(plan(model, target_modules=found)) == linear
+    adapt(model, target_modules=found)
+    assert find_all_linear_names(model) == found
     assert names(plan(model, target_modules=found)) == linear
 
 

@@ -54,16 +54,18 @@ def places(model: nn.Module) -> Iterator[Place]:
 
     A module that is held in several places comes at each of them.
     """
-    yield from _walk(model, "", None, "")
+    yield from _walk(Place("", model, None, ""), frozenset())
 
 
-def _walk(module: nn.Module, name: str, parent: nn.Module | None, child: str) -> Iterator[Place]:
-    yield Place(name, module, parent, child)
-    inner = unadapted(module)
+def _walk(place: Place, above: frozenset[int]) -> Iterator[Place]:
+    yield place
+    inner = place.original
+    above |= {id(inner)}
     # named_children would leave out the second place of a module.
-    for key, grandchild in inner._modules.items():
-        if grandchild is not None:
-            yield from _walk(grandchild, _join(name, key, inner), inner, key)
+    for key, child in inner._modules.items():
+        # A module may hold one that it lies in.
+        if child is not None and id(child) not in above:
+            yield from _walk(Place(_join(place.name, key, inner), child, inner, key), above)
 
 
 def _join(name: str, child: str, parent: nn.Module) -> str:

@@ -268,6 +268,8 @@ def find_all_linear_names(model: nn.Module, *, include_head: bool = False) -> li
 
     The shortest endings that mean linear layers and nothing else, sorted. On an adapted model they
     are the original names, never an adapter's internals. Quantised linears and `Conv1D` count.
+    A whole name on which something else ends too (`2` beside `block.2`) can't be told apart by any
+    list; there "all-linear" is the way.
 
     Args:
         model: any module, plain or adapted.
