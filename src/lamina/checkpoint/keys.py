@@ -14,17 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.origin import PREFIX, WRAPPERS
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 
-_WRAPPERS = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
-)
 _PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_NAMED_FACTOR = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.(weight|bias)$")
-_NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.([^.]+)$")
 _DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\.(?:.+\.)?bias)$")
 
 
@@ -119,13 +114,6 @@ def _join(module: str, leaf: str) -> str:
     return f"{module}.{leaf}" if module else leaf
 
 
-def plain_key(key: str) -> str:
-    """A name from a file without what torch's wrappers and adapter names put into it."""
-    key = _WRAPPERS.sub("", key)
-    key = _NAMED_FACTOR.sub(r".\1.\3", key)
-    return _NAMED_EMBEDDING.sub(r".\1", key)
-
-
 def is_double(key: str, keys: Collection[str]) -> bool:
     """Whether PEFT wrote this only because of `bias="all"`: biases of a module trained whole.
 
@@ -146,7 +134,7 @@ def respelt_bias(key: str, wanted: Collection[str]) -> str:
 
 def disk_key(key: str, adapter: str) -> str | None:
     """The name on disk of an entry of a model's `state_dict`; None if it isn't of this adapter."""
-    key = _WRAPPERS.sub("", key)
+    key = WRAPPERS.sub("", key)
     parts = key.split(".")
     for index, part in enumerate(parts[:-1]):
         if parts[index + 1] != adapter:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import Slot, is_double, map_keys, plain_key, respelt_bias, slots
-from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.keys import Slot, is_double, map_keys, respelt_bias, slots
+from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.names import places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from lamina.checkpoint.record import Base, Lamina, Stage, StageRecord, read_record
@@ -14,6 +15,18 @@ UNKNOWN = "imported"
 A_LEAVES = ("lora_A.weight", "lora_embedding_A")
 B_LEAVES = ("lora_B.weight", "lora_embedding_B")
 LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
+WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
+)
+_NAMED_FACTOR = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.(weight|bias)$")
+_NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.([^.]+)$")
+
+
+def plain_key(key: str) -> str:
+    """A name from a file without what torch's wrappers and adapter names put into it."""
+    key = WRAPPERS.sub("", key)
+    key = _NAMED_FACTOR.sub(r".\1.\3", key)
+    return _NAMED_EMBEDDING.sub(r".\1", key)
 
 
 def split_key(key: str) -> tuple[str, str | None]:
@@ -48,6 +61,7 @@ def record_of(
         RecordError: the record and the tensors contradict each other.
     """
     record = read_record(metadata, source=source)
+    shapes = {plain_key(key): shape for key, shape in shapes.items()}
     ranks = ranks_in(shapes)
     if record is None:
         return _unknown_origin(config, ranks, shapes)
@@ -80,7 +94,9 @@ def _faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
             continue
         bias = name.replace(".base_layer.", ".")
         saved = [module for module in record.saved_modules if name.startswith(f"{module}.")]
-        if bias not in record.biases and not saved:
+        # With bias="lora_only" a file has the biases of all adapted layers, trained or not.
+        untrained = name.endswith(".base_layer.bias")
+        if bias not in record.biases and not saved and not untrained:
             faults.append(f"{name} is in the file, not in the record")
         unseen -= {bias, *saved}
     return faults + [f"{name} is in the record, not in the file" for name in sorted(unseen)]

@@ -101,7 +101,8 @@ class StageRecord(_Part):
         stages: all stages, oldest first.
         laminae: the groups of ranks, in the order in which they lie in the file.
         saved_modules: module trained whole -> the stage whose copy the file holds.
-        biases: bias of the base -> the stage whose values the file holds.
+        biases: bias of the base -> the stage whose values the file holds. Others that may be there
+            are the base's own.
     """
 
     format_version: int = FORMAT_VERSION

@@ -14,7 +14,7 @@ from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
 from lamina.engine.state import AdapterState
-from lamina.errors import AdapterNameError, StageError, nearest
+from lamina.errors import AdapterNameError, FoldError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import facade_class, undone_on_error
@@ -97,6 +97,7 @@ def begin_stage(
             _check_one_file(model)
             if mode == "merge":
                 frozen = [adapter for adapter, _ in older]
+                _check_biases_apart(model, frozen)
                 check_foldable(base, frozen)
                 fold(base, model.adapter_state, frozen, keep_unfolded=keep_unfolded)
         except BaseException:
@@ -172,6 +173,17 @@ def _check_one_file(model: PeftModel) -> None:
             f"lora_bias=True ({', '.join(map(repr, biased))}) can't be saved in one file with an "
             f"adapted embedding ({embeddings[0]}): an embedding's adapter has no bias.",
             cure="leave lora_bias out, or don't target the embedding",
+        )
+
+
+def _check_biases_apart(model: PeftModel, frozen: list[str]) -> None:
+    """Refuse to fold biases of B into biases that are saved as they are."""
+    biased = [name for name in frozen if model.peft_config[name].lora_bias]
+    if biased and model.adapter_state.biases.parameters:
+        raise FoldError(
+            f"lora_bias=True ({', '.join(map(repr, biased))}) can't be folded into biases that "
+            "the chain trains and saves by themselves (bias='all' or 'lora_only').",
+            cure='mode="stack", which computes the same',
         )
 
 

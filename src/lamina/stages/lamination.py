@@ -9,8 +9,7 @@ from typing import cast
 import torch
 
 from lamina.checkpoint.adapter import AdapterFile
-from lamina.checkpoint.keys import plain_key
-from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, record_of, split_key
+from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, record_of, split_key
 from lamina.checkpoint.record import Lamina, StageRecord
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors, concatenate, separate

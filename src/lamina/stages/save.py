@@ -78,6 +78,8 @@ def save_stage(
     config.base_model_name_or_path = context.base.name_or_path
     embeddings = _embeddings(model)
     config.fan_in_fan_out = _fan_in_fan_out(model)
+    if config.bias == "lora_only":
+        others = {**_untrained_biases(model), **others}
     tensors = {**to_tensors(wholes, embeddings), **others}
     with atomic_directory(path) as staging:
         write_adapter(staging, config, tensors, record.to_metadata())
@@ -156,6 +158,19 @@ def _others(
             else:
                 biases[f"{module}.bias"] = adapter
     return saved, biases, tensors
+
+
+def _untrained_biases(model: PeftModel) -> dict[str, Any]:
+    """The biases of all adapted layers: "lora_only" means every one of them to a reader."""
+    layers = lora_layers(model.get_base_model())
+    biases = {
+        _plain(path): layer.get_base_layer()._parameters.get("bias") for path, layer in layers
+    }
+    return {
+        f"{PREFIX}{path}.base_layer.bias": bias.detach()
+        for path, bias in biases.items()
+        if bias is not None
+    }
 
 
 def _record(
