@@ -180,6 +180,14 @@ def test_a_gathered_state_dict_with_holes_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_state_dict_is_read_by_whole_names(tmp_path: Path) -> None:
+    model = three_adapters()
+    model.save_pretrained(tmp_path, selected_adapters=["sft"], state_dict=model.state_dict())
+    saved = load_file(tmp_path / "sft" / WEIGHTS)
+    own = get_peft_model_state_dict(model, adapter_name="sft")
+    assert all(torch.equal(saved[key], own[key]) for key in own)
+
+
 def test_a_state_dict_with_heads_and_biases_of_several_adapters(tmp_path: Path) -> None:
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_bias=True)
     model = get_peft_model(models.tiny_bert_classifier(), config, "default")

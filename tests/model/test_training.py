@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from lamina.config import LoraConfig
+from lamina.errors import MissingFileError
 from lamina.model import PeftModel, check_gradients, get_peft_model, preflight
 from tests import models
 from tests.adapters import (
@@ -86,6 +88,21 @@ def test_a_checkpoint_of_the_trainer_is_resumed(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, weights(model)[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.xfail(
+    reason="Trainer knows peft's class only: it writes the state dict of the whole facade, and "
+    "fails where weights are tied",
+    raises=(MissingFileError, RuntimeError),
+)
+@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_gpt2])
+def test_a_checkpoint_of_the_trainer_is_an_adapter_directory(tmp_path: Path, make: Any) -> None:
+    targets = ["q_proj"] if make is models.tiny_llama else ["c_attn"]
+    config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(make(), config)
+    train(model, tmp_path, save_strategy="steps", save_steps=3)
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "checkpoint-3")
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
 # Newer releases of transformers call it activation checkpointing; scripts still say gradient.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("word", ["gradient", "activation"])
@@ -116,6 +133,8 @@ def test_checkpointing_changes_no_gradient(when: str, reentrant: bool) -> None:
     base = models.tiny_llama()
     if when == "before":
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        # Older releases of transformers leave this to whoever adapts the model.
+        base.disable_input_require_grads()
     model = get_peft_model(base, llama_config())
     model.load_state_dict(llama_adapter().state_dict())
     if when == "after":
