@@ -1,0 +1,1 @@
+"""Lamina against the real peft: the same calls, in one run, alternating."""
