@@ -20,7 +20,8 @@ def test_three_stages_are_trained_measured_and_opened_again(tmp_path: Path) -> N
     shown = io.StringIO()
     results = run_demo(tmp_path, steps=3, console=Console(file=shown, width=100))
 
-    assert list(results.matrix) == ["base", "prose (fresh)", "code (stack)", "docstrings (continue)"]
+    rows = ["base", "prose (fresh)", "code (stack)", "docstrings (continue)"]
+    assert list(results.matrix) == rows
     for row, column in zip(list(results.matrix)[1:], results.columns, strict=True):
         moved = change(results.matrix, row, column)
         assert moved is not None

@@ -26,4 +26,7 @@ def demo(
     """Take a small model through three LoRA stages of real text and show what each one did."""
     from lamina.demo.run import run_demo
 
-    run_demo(output, model_name_or_path=model, steps=steps, seed=seed)
+    from lamina.cli.inspect import inspect
+
+    results = run_demo(output, model_name_or_path=model, steps=steps, seed=seed)
+    inspect(list(results.stages.values())[-1])

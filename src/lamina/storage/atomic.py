@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 
 from lamina.errors import CheckpointError
 from lamina.storage.carry import (
@@ -141,7 +142,10 @@ def _publish(staging: Path, target: Path, owned: Owned) -> None:
             faults=clashes,
             cure="save to another directory, or move these away",
         )
+    readable = staging.stat().st_mode & 0o666
     for file in written.files:
+        # Some writers make files for their owner only; a fresh folder's mode follows the umask.
+        _let_read(staging / file, readable)
         sync_file(staging / file)
     if staging.parent == target or _is_pinned(target):
         replace_in_place(staging, target, written, is_owned)
@@ -161,6 +165,11 @@ def _publish(staging: Path, target: Path, owned: Owned) -> None:
                 remove_tree(old)
     except PinnedError:
         replace_in_place(staging, target, written, is_owned)
+
+
+def _let_read(file: Path, mode: int) -> None:
+    with suppress(OSError):
+        file.chmod(S_IMODE(file.stat().st_mode) | mode)
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
