@@ -91,6 +91,11 @@ def as_json(results: list[Result], seconds: float) -> dict[str, Any]:
     }
 
 
+def figure(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -102,9 +107,9 @@ def table(results: list[Result]) -> Table:
     for column in ("peft", "Lamina", "ratio"):
         made.add_column(column, justify="right")
     for each in results:
-        sides = [f"{each.median(side):,.4g} {each.unit}" for side in ("peft", "lamina")]
+        sides = [f"{figure(each.median(side))} {each.unit}" for side in ("peft", "lamina")]
         style = "bold" if each.ratio > 1.05 else "dim" if each.ratio < 0.95 else ""
-        made.add_row(each.name, *sides, f"{each.ratio:.2f}", style=style)
+        made.add_row(each.name, *sides, figure(each.ratio), style=style)
     return made
 
 

@@ -28,7 +28,7 @@ def importing(sizes: Sizes) -> Iterator[Case]:
             "import get_peft_model (with torch)",
             "ms",
             lambda lib: run(f"from {lib.__name__} import get_peft_model"),
-            3,
+            2,
         )
 
 

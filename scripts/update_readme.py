@@ -35,11 +35,15 @@ def bench_section(benchmark: dict[str, Any]) -> str:
     """A row for each measurement, and the machine."""
     rows = [["", "peft", "Lamina", "ratio"], ["---", "---:", "---:", "---:"]]
     for each in benchmark["rows"]:
-        figures = [f"{each[side]:.4g} {each['unit']}" for side in ("peft", "lamina")]
-        rows.append([each["name"], *figures, f"{each['ratio']:.2f}"])
+        figures = [f"{_figure(each[side])} {each['unit']}" for side in ("peft", "lamina")]
+        rows.append([each["name"], *figures, _figure(each["ratio"])])
     machine = benchmark["machine"]
     told = ", ".join(f"{key} {value}" for key, value in machine.items())
     return "\n".join([*map(_row, rows), "", f"Medians; {told}."])
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _row(cells: list[str]) -> str:

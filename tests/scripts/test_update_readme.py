@@ -26,7 +26,7 @@ RESULTS = {
 }
 BENCHMARK = {
     "machine": {"cpu": "a fast one", "cores": 2},
-    "rows": [{"name": "import", "unit": "s", "peft": 3.0, "lamina": 0.5, "ratio": 6.0}],
+    "rows": [{"name": "import", "unit": "s", "peft": 3000.0, "lamina": 0.5, "ratio": 6000.0}],
 }
 
 
@@ -45,7 +45,7 @@ def test_figures_get_between_the_markers_twice_the_same(tmp_path: Path) -> None:
     assert "| base | 30.13 | 12.00 |" in text
     assert "within 3.1e-06 with peft" in text
     assert "a table \\1" in text
-    assert "| import | 3 s | 0.5 s | 6.00 |" in text
+    assert "| import | 3,000 s | 0.500 s | 6,000 |" in text
     assert "cpu a fast one, cores 2" in text
     assert "old" not in text
     assert [line for line in text.splitlines() if line in ("before", "between", "after")] == [
