@@ -146,6 +146,11 @@ def ulps(one: Tensor, other: Tensor) -> float:
     return float(np.max(np.abs(a.astype(np.float64) - b) / np.spacing(np.abs(b))))
 
 
+def wide() -> nn.Module:
+    """Large enough for a file of 2 MB, which takes a while to write."""
+    return nn.Sequential(nn.Linear(1024, 1024))
+
+
 class Snapshot:
     """A model's state, to see that nothing has been changed."""
 

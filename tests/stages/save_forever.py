@@ -16,11 +16,21 @@ import torch
 
 from lamina.config import LoraConfig
 from lamina.stages import begin_stage, save_stage
-from tests.models import perceptron
+from tests.stages.chains import wide
 
 torch.set_num_threads(1)
 directory = sys.argv[1]
-model = begin_stage(perceptron(), name="chat", config=LoraConfig(r=4, target_modules=["up"]))
+model = begin_stage(wide(), name="chat", config=LoraConfig(r=256, target_modules=["0"]))
+to_json = LoraConfig.to_json
+
+
+def slowly(config: LoraConfig) -> str:
+    # The config is made after the weights are written: time to be killed between the two.
+    time.sleep(0.01)
+    return to_json(config)
+
+
+LoraConfig.to_json = slowly  # type: ignore[method-assign]
 
 
 def save(number: int) -> None:

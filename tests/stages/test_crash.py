@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import lamina
 from lamina.stages import lineage, load
-from tests.models import perceptron
-from tests.stages.chains import config_of, tensors_of
+from tests.stages.chains import config_of, tensors_of, wide
 
 HERE = Path(__file__).parent
 KILLS = 50
@@ -31,19 +31,20 @@ def version(path: Path) -> int:
     tensors = tensors_of(path)
     assert len(tensors) == 2
     assert all(bool((tensor == stage.data).all()) for tensor in tensors.values())
-    assert load(path, perceptron()).active_adapters == ["chat"]
+    assert load(path, wide()).active_adapters == ["chat"]
     return stage.data
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "chat"
+    paths = (HERE.parents[1], Path(lamina.__file__).parents[1])
     saver = subprocess.Popen(
         [sys.executable, str(HERE / "save_forever.py"), str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
     )
     assert saver.stdin is not None
     assert saver.stdout is not None

@@ -25,7 +25,7 @@ from tests.stages.chains import (
 )
 
 LLAMA = ["q_proj", "k_proj", "o_proj", "1.self_attn.v_proj", "0.mlp.up_proj", "down_proj"]
-BLOCKS = ["blocks.0.lin", "blocks.1.lin", "lin", "blocks.0.inner.lin", "out"]
+BLOCKS = ["blocks.0.att", "blocks.1.att", "att", "blocks.0.inner.att", "out"]
 ALPHAS = [1, 2, 3.5, 4, 7, 8, 16, -5]
 
 
@@ -34,26 +34,26 @@ class Block(nn.Module):
         super().__init__()
         if nested:
             self.inner = Block(nested=False)
-        self.lin = nn.Linear(16, 16)
+        self.att = nn.Linear(16, 16)
 
     def forward(self, x: Any) -> Any:
         x = self.inner(x) if hasattr(self, "inner") else x
-        return x + self.lin(x).tanh()
+        return x + self.att(x).tanh()
 
 
 class Blocks(models.Perceptron):
-    """Names that end in each other: `lin`, `blocks.0.lin`, `blocks.0.inner.lin`, `0.lin` ..."""
+    """Names that end in each other: `att`, `blocks.0.att` ...; sorted, the widest comes first."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.blocks = nn.ModuleList([Block(nested=True), Block(nested=False)])
-        self.lin = nn.Linear(16, 16)
+        self.att = nn.Linear(16, 16)
         self.out = nn.Linear(16, 8, bias=False)
 
     def forward(self, x: Any) -> Any:
         for block in self.blocks:
             x = block(x)
-        return self.out(self.lin(x))
+        return self.out(self.att(x))
 
 
 def blocks() -> Blocks:
@@ -152,6 +152,6 @@ def test_random_chains_on_a_llama(stages: list[Any]) -> None:
 
 
 @settings(max_examples=40)
-@given(chains(BLOCKS, ["blocks.0.lin", "blocks.1.lin", "blocks.0.inner.lin", "out"]))
+@given(chains(BLOCKS, ["blocks.0.att", "blocks.1.att", "blocks.0.inner.att", "out"]))
 def test_random_chains_where_names_end_in_each_other(stages: list[Any]) -> None:
     check_chain(blocks, stages)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from lamina.config import LoraConfig
-from lamina.engine.layers import lora_layers
 from lamina.errors import MissingFileError, StageError
 from lamina.model import PeftModel, get_peft_model
 from lamina.stages import begin_stage, lineage, load, save_stage
@@ -330,60 +329,20 @@ def test_the_base_is_found_by_its_recorded_name(tmp_path: Path) -> None:
     assert distance(answer(again), answer(model)) < 1e-6
 
 
-# --- dtypes ----------------------------------------------------------------------------------
-
-
-def half_llama() -> Any:
-    return models.tiny_llama().bfloat16()
-
-
-def test_a_bf16_base_under_fp32_adapters(tmp_path: Path) -> None:
-    model, path = run_chain(
-        tmp_path,
-        [("one", None, llama_lora()), ("two", "stack", llama_lora(r=3, lora_alpha=5))],
-        build=half_llama,
-    )
-    assert {tensor.dtype for tensor in tensors_of(path).values()} == {torch.float32}
-    assert {f.dtype for pair in own_factors(model, "two").values() for f in pair} == {torch.float32}
-    assert answer(model).dtype == torch.bfloat16
-    assert distance(answer(load(path, half_llama())), answer(model)) < 1e-2
-
-
-@pytest.mark.parametrize(("alpha", "dtype"), [(6, torch.bfloat16), (5, torch.float32)])
-def test_bf16_adapters_are_rescaled_where_nothing_is_lost(
-    tmp_path: Path, alpha: int, dtype: torch.dtype
-) -> None:
-    def half(model: PeftModel) -> PeftModel:
-        # As autocast_adapter_dtype=False would have it.
-        for _, layer in lora_layers(model):
-            for name in layer.records:
-                for parameter in layer.tensors(name).values():
-                    parameter.data = parameter.data.bfloat16()
-        return model
-
-    model = half(begin_stage(half_llama(), name="one", config=llama_lora(lora_alpha=8)))
-    fill_trainable(model)
-    save_stage(model, tmp_path / "one")
-    stored = tensors_of(tmp_path / "one")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    model = half(
-        begin_stage(
-            half_llama(),
-            name="two",
-            parent=tmp_path / "one",
-            mode="stack",
-            config=llama_lora(r=3, lora_alpha=alpha),
-        )
-    )
-    save_stage(model, tmp_path / "two")
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    flat = tensors_of(tmp_path / "two")[key]
-    assert flat.dtype == dtype
-    expected = stored[key].double() * (2 / (alpha / 3))
-    assert torch.equal(flat[:, :4].double(), expected.to(dtype).double())
-
-
 def test_the_record_is_json_in_the_header(four: tuple[PeftModel, Path]) -> None:
     values = json.loads(metadata_of(four[1])["lamina"])
     assert values["format_version"] == 1
     assert metadata_of(four[1])["format"] == "pt"
+
+
+def test_patterns_keep_their_order_on_disk(tmp_path: Path) -> None:
+    # The first that matches counts; in the order of the alphabet the second would come first.
+    patterns = {"self_attn.v_proj": 3, "layers.0.*_proj": 2}
+    run_stage(tmp_path / "one", llama_lora(rank_pattern=patterns))
+    ranks = lineage(tmp_path / "one").laminae[0].ranks
+    assert ranks["model.layers.0.self_attn.v_proj"] == 3
+    assert ranks["model.layers.0.self_attn.q_proj"] == 2
+    again = begin_stage(models.tiny_llama(), name="two", parent=tmp_path / "one", mode="continue")
+    again.save_pretrained(tmp_path / "plain")
+    assert list(config_of(tmp_path / "plain" / "two")["rank_pattern"]) == list(patterns)
+    load(tmp_path / "plain" / "two", models.tiny_llama())
