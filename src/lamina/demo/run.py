@@ -34,7 +34,7 @@ LENGTH = 128
 HELD_OUT_BLOCKS = 80
 RANK = 16
 NEW_TOKENS = 40
-STEPS = 160
+STEPS = 120
 MODES = ("fresh", "stack", "continue")
 
 
@@ -79,7 +79,7 @@ def run_demo(
     Args:
         output_dir: gets a directory for each stage, `matrix.png`, `results.json`, `demo.txt`.
         model_name_or_path: a causal language model; None takes the small one that is shipped.
-        steps: of training per stage, 8 x 128 tokens each; None means 160.
+        steps: of training per stage, 8 x 128 tokens each; None means 120.
         seed: of initial weights and the order of the data.
         console: where to show it.
     """

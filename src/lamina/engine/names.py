@@ -1,7 +1,8 @@
 """The names that a model's modules have when nothing is adapted, compiled or sharded.
 
 Every other part speaks of modules by these plain names, so that an adapted model and a plain one
-are targeted, saved and compared alike.
+are targeted, saved and compared alike. That goes for models adapted by other libraries too, as
+far as they name the parts of an adapted layer as PEFT does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,17 @@ class Place:
     @property
     def original(self) -> nn.Module:
         """The module as it is without adapters."""
-        return unadapted(self.module)
+        return _foreign_base(self.module) or unadapted(self.module)
+
+
+def _foreign_base(module: nn.Module) -> nn.Module | None:
+    """What another library's LoRA layer, or saved module, was before; None for all else."""
+    if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+        return None
+    parts = module._modules
+    if "lora_A" in parts or "lora_embedding_A" in parts:
+        return parts.get("base_layer")
+    return parts.get("original_module") if "modules_to_save" in parts else None
 
 
 def unadapted(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from lamina.engine.inject import find_state, inject
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import apply_trainability
 from lamina.errors import AdapterNameError
+from lamina.model.adapted import refuse_adapted
 
 
 def inject_adapter_in_model(
@@ -30,12 +31,15 @@ def inject_adapter_in_model(
     Args:
         peft_config: what it adapts and how.
         model: any module.
-        adapter_name: its name.
+        adapter_name: its name; a model may have several, unless another library added them.
         low_cpu_mem_usage: leave its weights on the meta device, to be loaded.
         state_dict: weights to begin from, by their names on disk.
     """
     config = cast(LoraConfig, copy.deepcopy(peft_config))
-    state = find_state(model) or AdapterState()
+    state = find_state(model)
+    if state is None:
+        refuse_adapted(model)
+        state = AdapterState()
     inject(
         model,
         adapter_name,
