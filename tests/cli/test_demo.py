@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.cli.made import lamina
+from tests.cli.made import lamina, write_chain
 
 
-def test_options_become_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_become_the_call_and_the_result_is_inspected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    monkeypatch.setattr(
-        "lamina.demo.run.run_demo", lambda *args, **options: calls.append((args, options))
-    )
-    assert lamina("demo").exit_code == 0
+    write_chain(tmp_path / "chat")
+
+    def run_demo(*args: Any, **options: Any) -> SimpleNamespace:
+        calls.append((args, options))
+        return SimpleNamespace(stages={"domain": "elsewhere", "chat": str(tmp_path / "chat")})
+
+    monkeypatch.setattr("lamina.demo.run.run_demo", run_demo)
+    result = lamina("demo")
+    assert result.exit_code == 0
+    assert "laminated adapter, 3 stages" in result.output
     assert lamina("demo", "--model", "m", "-o", "x", "--steps", 3, "--seed", 5).exit_code == 0
     usual = {"model_name_or_path": None, "steps": None, "seed": 0}
     given = {"model_name_or_path": "m", "steps": 3, "seed": 5}

@@ -24,9 +24,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the adapters' start and the order of texts.")] = 0,
 ) -> None:
     """Take a small model through three LoRA stages of real text and show what each one did."""
-    from lamina.demo.run import run_demo
-
     from lamina.cli.inspect import inspect
+    from lamina.demo.run import run_demo
 
     results = run_demo(output, model_name_or_path=model, steps=steps, seed=seed)
     inspect(list(results.stages.values())[-1])
