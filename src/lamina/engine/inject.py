@@ -66,7 +66,7 @@ def inject(
     adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
     if adopted:
         state.biases.adopt(name, adopted)
-    apply_trainability(model, state)
+    apply_trainability(model, state, {name})
     return plan
 
 

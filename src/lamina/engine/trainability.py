@@ -6,7 +6,7 @@ Parameters of the base don't, except biases that a trainable adapter trains alon
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -14,22 +14,39 @@ from lamina.engine.layers import lora_layers, saved_modules
 from lamina.engine.state import AdapterState
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(adapter, parameter) for every parameter that belongs to an adapter, biases left out."""
+def adapter_parameters(
+    model: nn.Module, adapters: Collection[str] | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """(adapter, parameter) for every parameter of these adapters (None: all), without biases."""
     for _, layer in lora_layers(model):
-        for name in layer.records:
+        for name in layer.records if adapters is None else layer.records.keys() & adapters:
             for parameter in layer.tensors(name).values():
                 yield name, parameter
     for _, wrapper in saved_modules(model):
         for name, module in wrapper.modules_to_save.items():
+            if adapters is not None and name not in adapters:
+                continue
             for parameter in module.parameters():
                 yield name, parameter
 
 
-def apply_trainability(model: nn.Module, state: AdapterState) -> None:
-    """Set `requires_grad` of all adapter parameters to what `state` declares."""
-    live = state.trainable & set(state.active)
-    for name, parameter in adapter_parameters(model):
+def live_adapters(state: AdapterState) -> frozenset[str]:
+    """The adapters whose parameters ask for gradients: trainable and active."""
+    return state.trainable & set(state.active)
+
+
+def apply_trainability(
+    model: nn.Module, state: AdapterState, adapters: Collection[str] | None = None
+) -> None:
+    """Set `requires_grad` of adapter parameters to what `state` declares.
+
+    Args:
+        model: the adapted model.
+        state: its shared state.
+        adapters: those for which something has changed; None means all.
+    """
+    live = live_adapters(state)
+    for name, parameter in adapter_parameters(model, adapters):
         wanted = name in live and _differentiable(parameter)
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)

@@ -11,7 +11,7 @@ from lamina.config import LoraConfig
 from lamina.engine import fold
 from lamina.engine.inject import delete_adapter, inject
 from lamina.engine.state import AdapterState
-from lamina.engine.trainability import apply_trainability, declare_trainable
+from lamina.engine.trainability import apply_trainability, live_adapters
 
 
 class LoraModel(nn.Module):
@@ -71,12 +71,14 @@ class LoraModel(nn.Module):
     def activate(self, names: Iterable[str], train: Iterable[str] | None = None) -> None:
         """Make exactly these adapters active; `train` says which of all are trainable."""
         state = self.adapter_state
-        live_before = state.trainable & set(state.active)
+        before = live_adapters(state)
         state.activate(names)
+        asked: frozenset[str] = frozenset()
         if train is not None:
-            declare_trainable(self.model, state, train)
-        elif live_before != state.trainable & set(state.active):
-            apply_trainability(self.model, state)
+            asked = state.trainable = frozenset(state.check_known(train))
+        changed = asked | (before ^ live_adapters(state))
+        if changed:
+            apply_trainability(self.model, state, changed)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lamina.engine.layers.base import LayerAdapter, LoraLayer, lora_layers
+from lamina.engine.layers.base import LayerAdapter, LoraLayer
 from lamina.engine.layers.conv import Conv1d, Conv2d, Conv3d
 from lamina.engine.layers.embedding import Embedding
 from lamina.engine.layers.linear import Linear, is_conv1d
-from lamina.engine.layers.saved import ModulesToSaveWrapper, saved_modules
+from lamina.engine.layers.saved import ModulesToSaveWrapper
+from lamina.engine.layers.walk import lora_layers, saved_modules
 
 __all__ = [
     "Conv1d",

@@ -359,10 +359,3 @@ class LoraLayer(nn.Module):
             if base is None or name.startswith("_"):
                 raise
             return getattr(base, name)
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """All adapted layers with their names in the model; a layer used twice comes once."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield path, module

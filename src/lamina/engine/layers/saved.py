@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,10 +66,3 @@ class ModulesToSaveWrapper(nn.Module):
             if name.startswith("_") or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.effective(), name)
-
-
-def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
-    """All wrapped modules with their names in the model."""
-    for path, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            yield path, module
