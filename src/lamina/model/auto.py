@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from lamina.config import PeftConfig
 from lamina.errors import CheckpointError, ConfigError
 from lamina.model.facade import PeftModel
-from lamina.model.loading import facade_class
 from lamina.model.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -63,7 +62,7 @@ class AutoPeftModel:
                 str(pretrained_model_name_or_path), **{k: v for k, v in where.items() if v}
             )
         base = cls.load_base(config, source=str(pretrained_model_name_or_path), **kwargs)
-        return facade_class(cls.facade, config).from_pretrained(  # type: ignore[arg-type]
+        return cls.facade.for_task(config.task_type).from_pretrained(
             base,
             pretrained_model_name_or_path,
             adapter_name=adapter_name,
@@ -96,7 +95,7 @@ class AutoPeftModel:
         if kind and library and library.split(".")[0] == "transformers":
             return getattr(importlib.import_module("transformers"), kind)
         by_task = {c.facade: c for c in AutoPeftModel.__subclasses__()}
-        found = by_task.get(facade_class(PeftModel, config))  # type: ignore[arg-type]
+        found = by_task.get(PeftModel.for_task(config.task_type))
         if found is None:
             raise ConfigError(
                 "The config says neither the task nor the class of the base model.",

@@ -42,8 +42,10 @@ class PeftModel(nn.Module):
     """
 
     base_model: LoraModel
-    # Heads that a task trains along, by the names that transformers gives them.
+    # What the model is for, and the heads trained along, by the names transformers gives them.
+    _task: ClassVar[str | None] = None
     task_heads: ClassVar[tuple[str, ...]] = ()
+    _by_task: ClassVar[dict[str, type[PeftModel]]] = {}
     # The stage that is being trained, where one was begun; see lamina.stages.
     stage: Any = None
 
@@ -72,6 +74,18 @@ class PeftModel(nn.Module):
         self.train(model.training)
         if is_checkpointing(model):
             hook_inputs(model)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls._task is not None:
+            PeftModel._by_task.setdefault(cls._task, cls)
+
+    @classmethod
+    def for_task(cls, task: str | None) -> type[PeftModel]:
+        """The facade for a config's task; a class made for a task stays itself."""
+        if cls is not PeftModel or task is None:
+            return cls
+        return cls._by_task.get(task, cls)
 
     def _own_config(
         self, model: nn.Module, peft_config: PeftConfig, revision: str | None = None
@@ -122,7 +136,7 @@ class PeftModel(nn.Module):
         refuse_adapted(model)
         file, how = loading.read(model_id, config, options)
         return loading.over(
-            cls,
+            cls.for_task(file.config.task_type),
             model,
             file,
             how,

@@ -14,7 +14,7 @@ from torch import nn
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
-from lamina.config import LoraConfig, PeftConfig
+from lamina.config import PeftConfig
 from lamina.engine.inject import find_state, strip
 from lamina.errors import ConfigError
 from lamina.model.adapted import refuse_adapted
@@ -66,18 +66,8 @@ def read(
     return read_adapter(model_id, config=copy.deepcopy(config), device=device, **hub), how
 
 
-def facade_class(asked: type[PeftModel], config: LoraConfig) -> type[PeftModel]:
-    """The class for a config's task, unless a special one was asked for."""
-    from lamina.model.facade import PeftModel
-    from lamina.model.tasks import TASKS
-
-    if asked is not PeftModel:
-        return asked
-    return TASKS.get(config.task_type, PeftModel) if config.task_type else PeftModel
-
-
 def over(
-    asked: type[PeftModel],
+    kind: type[PeftModel],
     model: nn.Module,
     file: AdapterFile,
     how: How,
@@ -89,7 +79,6 @@ def over(
     """A facade over `model` with the adapter of a file that has been read; all or nothing."""
     refuse_adapted(model)
     file.config.inference_mode = not trainable
-    kind = facade_class(asked, file.config)
     with undone_on_error(model):
         facade = kind(
             model,

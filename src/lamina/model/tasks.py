@@ -42,41 +42,40 @@ class _TransformersModel(PeftModel):
 class PeftModelForCausalLM(_TransformersModel):
     """For models that continue text."""
 
+    _task = TaskType.CAUSAL_LM
+
 
 class PeftModelForSequenceClassification(_TransformersModel):
     """For models that classify whole texts; their head is trained and saved."""
 
+    _task = TaskType.SEQ_CLS
     task_heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(_TransformersModel):
     """For models that classify tokens; their head is trained and saved."""
 
+    _task = TaskType.TOKEN_CLS
     task_heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(_TransformersModel):
     """For models that find spans; their head is trained and saved."""
 
+    _task = TaskType.QUESTION_ANS
     task_heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
 
 class PeftModelForSeq2SeqLM(_TransformersModel):
     """For encoder-decoder models that write text."""
 
+    _task = TaskType.SEQ_2_SEQ_LM
+
 
 class PeftModelForFeatureExtraction(_TransformersModel):
     """For models whose hidden states are used."""
 
-
-TASKS: dict[str, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
+    _task = TaskType.FEATURE_EXTRACTION
 
 
 def get_peft_model(
@@ -103,8 +102,7 @@ def get_peft_model(
         AlreadyAdaptedError: the model has adapters; the message names the three ways on.
         TargetError: the config doesn't fit the model.
     """
-    kind = TASKS.get(peft_config.task_type, PeftModel) if peft_config.task_type else PeftModel
-    facade = kind(
+    facade = PeftModel.for_task(peft_config.task_type)(
         model,
         peft_config,
         adapter_name,

@@ -17,7 +17,7 @@ from lamina.engine.state import AdapterState
 from lamina.errors import AdapterNameError, FoldError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
-from lamina.model.loading import facade_class, undone_on_error
+from lamina.model.loading import undone_on_error
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import Chain, take_apart
@@ -89,7 +89,7 @@ def begin_stage(
                 cure=_cure(faults),
             )
     kind_config = config or (chain.parts[-1].config if chain else None)
-    kind = facade_class(PeftModel, cast(LoraConfig, kind_config))
+    kind = PeftModel.for_task(kind_config.task_type if kind_config else None)
     with undone_on_error(base):
         model = kind(base, None)
         try:
@@ -191,7 +191,7 @@ def _config_faults(asked: LoraConfig, had: LoraConfig) -> list[str]:
     theirs, ours = had.to_dict(), asked.to_dict()
     for values, config in ((theirs, had), (ours, asked)):
         # The heads of a task are trained along whether the config names them or not.
-        heads = facade_class(PeftModel, config).task_heads
+        heads = PeftModel.for_task(config.task_type).task_heads
         values["modules_to_save"] = sorted({*(config.modules_to_save or ())} - {*heads})
     return [
         f"config: continue trains the parent's ranks on, so {key} stays {theirs[key]!r}, "

@@ -60,7 +60,8 @@ def load(
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     if not allow_base_mismatch:
         _check_base(record, whole_base, str(path))
-    return loading.over(PeftModel, whole_base, file, loading.How(), name).eval()
+    kind = PeftModel.for_task(file.config.task_type)
+    return loading.over(kind, whole_base, file, loading.How(), name).eval()
 
 
 def _check_base(record: StageRecord, base: nn.Module, source: str) -> None:
