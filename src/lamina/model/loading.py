@@ -23,7 +23,7 @@ from lamina.storage.source import PathOrId
 if TYPE_CHECKING:
     from lamina.model.facade import PeftModel
 
-_HUB = (
+HUB_OPTIONS = (
     "subfolder",
     "revision",
     "token",
@@ -49,7 +49,7 @@ def read(
 ) -> tuple[AdapterFile, How]:
     """Read an adapter; `options` are the extra arguments of `from_pretrained`."""
     options = dict(options)
-    hub = {name: options.pop(name) for name in _HUB if name in options}
+    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     device = options.pop("torch_device", None) or "cpu"
     how = How(
         strict=options.pop("strict", True),

@@ -14,16 +14,6 @@ from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.stages.bases import base_faults, describe_base
 
-_HUB = (
-    "subfolder",
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "allow_pickle",
-)
-
 
 def load(
     path: str | Path,
@@ -48,7 +38,7 @@ def load(
         StageError: the base is not the one that the stage was trained on.
         CheckpointError: files are missing or broken.
     """
-    hub = {name: options.pop(name) for name in _HUB if name in options}
+    hub = {name: options.pop(name) for name in loading.HUB_OPTIONS if name in options}
     file = read_adapter(path, **hub)
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
