@@ -230,7 +230,7 @@ def test_a_config_that_does_not_fit_changes_nothing() -> None:
     assert flags(base) == asked
 
 
-@pytest.mark.parametrize("name", ["default", "a.b", "", "keys"])
+@pytest.mark.parametrize("name", ["default", "a.b", "", "keys", "/tmp/x"])
 def test_adapter_names_that_cannot_be(name: str) -> None:
     model = llama_adapter()
     before = weights(model)

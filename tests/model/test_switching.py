@@ -250,3 +250,24 @@ def test_trained_biases_belong_to_their_adapter(bias: str) -> None:
     assert not any(name.endswith("bias") for name in trained(model))
     model.set_adapter("default")
     assert torch.equal(model(X), changed)
+
+
+def test_biases_train_only_if_the_adapter_they_are_of_does() -> None:
+    config = LoraConfig(target_modules=["c_attn"], bias="lora_only")
+    model = get_peft_model(models.tiny_gpt2(), config, "one")
+    model.add_adapter("two", config)
+    model.set_adapter("one", train="one")
+    alone = trained(model)
+    assert any(name.endswith("bias") for name in alone)
+    # Now they hold the values of "two", which is frozen.
+    model.set_adapter(["one", "two"])
+    assert trained(model) == {name for name in alone if not name.endswith("bias")}
+    model.set_adapter(["two", "one"])
+    assert trained(model) == alone
+
+
+def test_deleting_an_idle_adapter_activates_none() -> None:
+    model = two_on_the_last_layer()
+    model.set_adapter([])
+    model.delete_adapter("sft2")
+    assert model.active_adapters == []

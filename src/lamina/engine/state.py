@@ -64,9 +64,9 @@ class AdapterState:
         self.check_known([name])
         del self.configs[name]
         self.trainable -= {name}
-        self.active = tuple(other for other in self.active if other != name)
-        if not self.active:
+        if self.active == (name,):
             self.active = tuple(self.configs)[:1]
+        self.active = tuple(other for other in self.active if other != name)
         self.biases.drop(name)
         self.show_biases()
 
@@ -99,10 +99,13 @@ class AdapterState:
                 cure=f"choose another name, or model.delete_adapter({name!r}) first",
             )
         reserved = not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name)
-        if reserved or hasattr(nn.ParameterDict, name):
+        # As a folder's name, "/x" would lie outside of the directory that is saved to.
+        if reserved or name.startswith("/") or hasattr(nn.ParameterDict, name):
             raise AdapterNameError(
-                f"{name!r} can't be an adapter's name: it becomes a part of parameter names.",
-                cure="use a string without dots that is no attribute of a torch module",
+                f"{name!r} can't be an adapter's name: it becomes a part of parameter names, and a "
+                "folder's name.",
+                cure="use a string without dots that is no attribute of a torch module, nor a path "
+                "from the root",
             )
 
     @contextmanager

@@ -50,6 +50,12 @@ def apply_trainability(
         wanted = name in live and _differentiable(parameter)
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
+    apply_bias_trainability(state)
+
+
+def apply_bias_trainability(state: AdapterState) -> None:
+    """Set `requires_grad` of the base's biases, which go by the adapter whose values they hold."""
+    live = live_adapters(state)
     for name, parameter in state.biases.parameters.items():
         parameter.requires_grad_(state.biases.owner(name, state.active) in live)
 

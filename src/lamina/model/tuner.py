@@ -11,7 +11,11 @@ from lamina.config import LoraConfig
 from lamina.engine import fold
 from lamina.engine.inject import delete_adapter, inject
 from lamina.engine.state import AdapterState
-from lamina.engine.trainability import apply_trainability, live_adapters
+from lamina.engine.trainability import (
+    apply_bias_trainability,
+    apply_trainability,
+    live_adapters,
+)
 
 
 class LoraModel(nn.Module):
@@ -79,6 +83,8 @@ class LoraModel(nn.Module):
         changed = asked | (before ^ live_adapters(state))
         if changed:
             apply_trainability(self.model, state, changed)
+        else:
+            apply_bias_trainability(state)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
