@@ -186,3 +186,51 @@ def test_tied_embeddings_are_not_folded_behind_the_heads_back() -> None:
     with pytest.raises(FoldError, match="tied to head"):
         model.merge_adapter()
     assert same(weights(model), before)
+
+
+def test_folding_inside_autocast_is_as_exact_as_outside() -> None:
+    model, other = two_adapters(), two_adapters()
+    other.merge_adapter()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.merge_adapter()
+        with model.disable_adapter():
+            pass
+        delta = model.get_base_model().model.layers[0].self_attn.q_proj.get_delta_weight("one")
+    assert same(weights(model), weights(other))
+    layer = other.get_base_model().model.layers[0].self_attn.q_proj
+    assert torch.equal(delta, layer.get_delta_weight("one"))
+
+
+def test_a_folded_adapter_may_be_deleted_while_all_are_off() -> None:
+    model = two_adapters()
+    want = logits(model)
+    model.merge_adapter(["one", "two"])
+    with model.disable_adapter():
+        model.delete_adapter("two")
+    assert torch.allclose(logits(model), want, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+
+
+def biased() -> PeftModel:
+    config = LoraConfig(target_modules=["c_attn"], bias="lora_only", lora_bias=True)
+    model = get_peft_model(models.tiny_gpt2(), config, "one")
+    model.add_adapter("two", config)
+    fill(model, "one", seed=1)
+    fill(model, "two", seed=2)
+    return model.eval()
+
+
+def test_merging_an_adapter_that_is_not_active_takes_its_biases() -> None:
+    model = biased()
+    model.set_adapter("two")
+    want = logits(model)
+    assert torch.allclose(logits(biased().merge_and_unload(adapter_names=["two"])), want, atol=1e-5)
+
+
+def test_biases_that_are_switched_are_not_folded_into() -> None:
+    model = biased()
+    before = weights(model)
+    with pytest.raises(FoldError, match="biases"):
+        model.merge_adapter()
+    assert same(weights(model), before)

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -27,9 +30,14 @@ def adapter_dtype(base: torch.dtype, *, upcast: bool = True) -> torch.dtype:
 
 def to_adapter_input(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` as an adapter with weights of `dtype` takes it."""
-    if x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return x
     return x.to(dtype)
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, products on `device` are in their own dtype although the caller is in autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -48,6 +48,8 @@ def fold(
     wanted = state.check_known(state.active if names is None else names)
     work = list(_to_fold(model, wanted))
     _check_foldable(model, work)
+    if keep_unfolded:
+        _check_biases_apart(state, wanted)
     if safe:
         _check_finite(work)
     for _, layer, missing in work:
@@ -87,6 +89,17 @@ def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
             cure="leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32",
+        )
+
+
+def _check_biases_apart(state: AdapterState, names: Iterable[str]) -> None:
+    # While folded, the parameter would hold the sum, and switching swaps what it holds.
+    biased = [name for name in names if state.configs[name].lora_bias]
+    if biased and state.biases.parameters:
+        raise FoldError(
+            f"lora_bias=True ({', '.join(map(repr, biased))}) can't be folded reversibly into "
+            "biases that adapters train by themselves (bias='all' or 'lora_only').",
+            cure="leave the adapter unfolded, or merge_and_unload() for good",
         )
 
 
@@ -171,7 +184,9 @@ def _folded_by_path(model: nn.Module) -> dict[str, list[str]]:
 def _fold_again(model: nn.Module, folded: dict[str, list[str]]) -> None:
     """Fold what was folded before an `unfold`; where nothing was unfolded nothing is done."""
     for path, layer in lora_layers(model):
-        missing = [name for name in folded.get(path, ()) if name not in layer.merged_adapters]
+        # An adapter may have been deleted in between.
+        here = [name for name in folded.get(path, ()) if name in layer.records]
+        missing = [name for name in here if name not in layer.merged_adapters]
         if missing:
             layer.fold(missing)
 
@@ -184,16 +199,18 @@ def merge_and_unload(
     safe: bool = False,
 ) -> nn.Module:
     """The plain model with adapters (None: the active ones) folded in for good."""
-    wanted = state.check_known(state.active if names is None else names)
+    wanted, active = state.check_known(state.active if names is None else names), state.active
     folded = _folded_by_path(model)
     if not set(folded_adapters(model)) <= set(wanted):
         unfold(model)
     try:
+        # First: what is folded into a bias has to go into the values that stay.
+        state.activate(wanted)
         fold(model, state, wanted, safe=safe, keep_unfolded=False)
     except FoldError:
+        state.activate(active)
         _fold_again(model, folded)
         raise
-    state.activate(wanted)
     return strip(model, keep_saved=True)
 
 

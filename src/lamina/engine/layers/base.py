@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lamina.config import LoraConfig
-from lamina.engine.dtypes import accumulation_dtype, adapter_dtype
+from lamina.engine.dtypes import accumulation_dtype, adapter_dtype, exact
 from lamina.engine.init import initialisation
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import Variant, variant_for
@@ -232,8 +232,9 @@ class LoraLayer(nn.Module):
             stored = self._unfolded["weight"].to(stored.device)
             names = [*self.merged_adapters, *names]
         weight = stored.to(accumulation_dtype(stored.dtype), copy=True)
-        for name in names:
-            weight = self.records[name].variant.fold(self, name, weight)
+        with exact(weight.device):
+            for name in names:
+                weight = self.records[name].variant.fold(self, name, weight)
         return weight, self._folded_bias(names)
 
     def _folded_bias(self, names: Sequence[str]) -> torch.Tensor | None:
@@ -301,7 +302,9 @@ class LoraLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A` in the factors' dtype, shaped like the base's weight."""
-        return self.delta_weight(adapter).to(self.factors(adapter)[0].dtype)
+        a, _ = self.factors(adapter)
+        with exact(a.device):
+            return self.delta_weight(adapter).to(a.dtype)
 
     @property
     def r(self) -> RecordView:
