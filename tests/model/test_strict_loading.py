@@ -234,3 +234,12 @@ def test_zero_matrices_are_counted(saved: Path) -> None:
     report = model.load_adapter(saved, "second")
     assert (len(report.zero_B), report.count_B) == (2, 4)
     assert "2 of 4 B matrices all zero" in str(report)
+
+
+def test_a_mapping_must_not_bring_two_tensors_under_one_name(saved: Path) -> None:
+    rewrite(
+        saved,
+        lambda file: file | {k.replace("q_proj", "z_proj"): v + 1 for k, v in file.items()},
+    )
+    error = refused(saved, key_mapping={"z_proj": "q_proj"})
+    assert "key_mapping gives 8 tensors" in str(error)

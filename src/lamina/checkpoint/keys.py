@@ -77,7 +77,7 @@ def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
             yield Slot(name, leaf, "factor", parameter, _factor_setter(layer, adapter, leaf))
     if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
         for leaf, tensor in layer.tensors(adapter).items():
-            yield Slot(name, leaf, "saved", tensor, _copier(tensor))
+            yield Slot(name, leaf, "saved", tensor, _saved_setter(layer, adapter, leaf))
 
 
 def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:
@@ -85,7 +85,22 @@ def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch
         current = layer.tensors(adapter)[leaf]
         if current.is_meta:
             device = layer.weight_view.device
-            layer.assign(adapter, leaf, value.to(device=device, dtype=current.dtype))
+            # The base may have its weights elsewhere for now; these would be lost on meta.
+            where = value.device if device.type == "meta" else device
+            layer.assign(adapter, leaf, value.to(device=where, dtype=current.dtype))
+        else:
+            current.data.copy_(value)
+
+    return put
+
+
+def _saved_setter(
+    wrapper: ModulesToSaveWrapper, adapter: str, leaf: str
+) -> Callable[[torch.Tensor], None]:
+    def put(value: torch.Tensor) -> None:
+        current = wrapper.tensors(adapter)[leaf]
+        if current.is_meta:
+            wrapper.assign(adapter, leaf, value.to(current.dtype))
         else:
             current.data.copy_(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from lamina.checkpoint.keys import Slot, is_double, map_keys, respelt_bias, slots
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.report import LoadReport, mismatch_error
-from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.layers import LoraLayer
 from lamina.engine.names import places
 from lamina.engine.state import AdapterState
+from lamina.errors import CheckpointError, KeyMismatchError
 
 _B_LEAVES = ("lora_B.weight", "lora_embedding_B")
 
@@ -42,7 +44,7 @@ def fill_adapter(
         source: what to call the file in messages.
 
     Raises:
-        KeyMismatchError: nothing has been changed.
+        KeyMismatchError, CheckpointError: nothing has been changed.
     """
     wanted = slots(model, adapter, state)
     given = _renamed(tensors, wanted, key_mapping or {})
@@ -72,9 +74,23 @@ def fill_adapter(
     refused = bool(wrong) and not ignore_mismatched_sizes
     if refused or (strict and (report.missing_keys or report.unexpected_keys)):
         raise mismatch_error(report, source, list(given), list(wanted))
+    _refuse_meta(matched, base, source)
     _begin_unfilled(model, adapter, wanted, matched)
     _put(matched, base, given)
     return report
+
+
+def _refuse_meta(matched: dict[str, Slot], base: dict[str, nn.Parameter], source: str) -> None:
+    """Values copied into the base's own parameters would vanish where those are on meta."""
+    lost = [key for key, slot in matched.items() if slot.kind == "bias" and slot.tensor.is_meta]
+    lost += [key for key, parameter in base.items() if parameter.is_meta]
+    if lost:
+        raise CheckpointError(
+            f"{source} has values for {len(lost)} weight(s) of the base, which are on the meta "
+            "device and can't take them up.",
+            faults=lost[:6],
+            cure="load the weights of the base first",
+        )
 
 
 def _begin_unfilled(
@@ -84,8 +100,9 @@ def _begin_unfilled(
     unfilled = {s.module for key, s in wanted.items() if key not in matched and s.tensor.is_meta}
     if not unfilled:
         return
-    for path, layer in lora_layers(model):
-        if path in unfilled:
+    for place in places(model):
+        layer = place.module
+        if place.name in unfilled and isinstance(layer, LoraLayer):
             layer.initialise(adapter, layer.adapter_state.configs[adapter].init_lora_weights)
 
 
@@ -105,6 +122,7 @@ def _renamed(
     """The tensors under the names that the model uses, as far as that is sure."""
     tensors = {key: tensor for key, tensor in tensors.items() if not is_double(key, tensors)}
     renamed = map_keys(tensors, mapping)
+    _refuse_collisions(renamed)
     plain = {plain_key(renamed[key]): tensor for key, tensor in tensors.items()}
     if len(plain) != len(tensors):
         # Two adapters in one file, say: names that differ only in what is left out.
@@ -116,6 +134,17 @@ def _renamed(
     if file_has and not model_has:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in plain.items()}
     return {respelt_bias(key, wanted): tensor for key, tensor in plain.items()}
+
+
+def _refuse_collisions(renamed: Mapping[str, str]) -> None:
+    counts = Counter(renamed.values())
+    faults = [f"{old} -> {new}" for old, new in renamed.items() if counts[new] > 1]
+    if faults:
+        raise KeyMismatchError(
+            f"key_mapping gives {len(faults)} tensors names that others have too.",
+            faults=sorted(faults)[:6],
+            cure="make its regular expressions narrower",
+        )
 
 
 def _base_tensors(

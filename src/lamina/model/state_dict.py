@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,11 +13,12 @@ from lamina.checkpoint.keys import slots, taken
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig, PeftConfig
-from lamina.engine.inject import find_state, inject
+from lamina.engine.inject import delete_adapter, find_state, inject, strip_idle
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import apply_trainability
 from lamina.errors import AdapterNameError
 from lamina.model.adapted import refuse_adapted
+from lamina.model.loading import undone_on_error
 
 
 def inject_adapter_in_model(
@@ -33,26 +35,46 @@ def inject_adapter_in_model(
         model: any module.
         adapter_name: its name; a model may have several, unless another library added them.
         low_cpu_mem_usage: leave its weights on the meta device, to be loaded.
-        state_dict: weights to begin from, by their names on disk.
+        state_dict: weights to begin from, by their names on disk; they are copied.
+
+    Raises:
+        TargetError, KeyMismatchError: the config or the weights don't fit; the model is unchanged.
     """
     config = cast(LoraConfig, copy.deepcopy(peft_config))
     state = find_state(model)
     if state is None:
         refuse_adapted(model)
         state = AdapterState()
-    inject(
-        model,
-        adapter_name,
-        config,
-        state,
-        trainable=not config.inference_mode,
-        initialise=not low_cpu_mem_usage and state_dict is None,
-    )
+    with undone_on_error(model) if not state.configs else nullcontext():
+        inject(
+            model,
+            adapter_name,
+            config,
+            state,
+            trainable=not config.inference_mode,
+            initialise=not low_cpu_mem_usage and state_dict is None,
+        )
+        if state_dict is not None:
+            _fill_or_delete(model, adapter_name, state, state_dict)
     state.activate([*state.active, adapter_name])
     apply_trainability(model, state)
-    if state_dict is not None:
-        fill_adapter(model, adapter_name, state, state_dict)
     return model
+
+
+def _fill_or_delete(
+    model: nn.Module, adapter: str, state: AdapterState, state_dict: dict[str, torch.Tensor]
+) -> None:
+    try:
+        fill_adapter(model, adapter, state, _own(state_dict))
+    except BaseException:
+        delete_adapter(model, adapter, state)
+        strip_idle(model)
+        raise
+
+
+def _own(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies: the caller's tensors may be the parameters of another model."""
+    return {key: tensor.detach().clone() for key, tensor in state_dict.items()}
 
 
 def get_peft_model_state_dict(
@@ -95,7 +117,7 @@ def set_peft_model_state_dict(
         model,
         adapter_name,
         _state(model, adapter_name),
-        peft_model_state_dict,
+        _own(peft_model_state_dict),
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )

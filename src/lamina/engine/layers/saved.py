@@ -43,6 +43,16 @@ class ModulesToSaveWrapper(nn.Module):
         """Parameters and buffers of an adapter's copy, by their names inside the module."""
         return dict(self.modules_to_save[name].state_dict(keep_vars=True))
 
+    def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
+        """Make `value` the parameter or buffer `leaf` of an adapter's copy; no copy is made."""
+        path, _, attribute = leaf.rpartition(".")
+        owner = self.modules_to_save[name].get_submodule(path)
+        before = owner._parameters.get(attribute)
+        if before is None:
+            owner._buffers[attribute] = value
+        else:
+            owner._parameters[attribute] = nn.Parameter(value, requires_grad=before.requires_grad)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the effective module gives."""
         return self.effective()(*args, **kwargs)
