@@ -33,3 +33,9 @@ def test_options_become_the_call_and_the_result_is_inspected(
 
 def test_no_steps_are_refused() -> None:
     assert lamina("demo", "--steps", 0).exit_code == 2
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = lamina("demo", "--model", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no such directory" in result.stderr

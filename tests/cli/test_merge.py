@@ -40,6 +40,13 @@ CONFIG = LoraConfig(
 )
 
 
+def test_a_base_that_is_not_there(stage: Path, tmp_path: Path) -> None:
+    done = lamina("merge", stage, "--base", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "no such directory" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def answers_of(directory: Path) -> torch.Tensor:
     return adapters.logits(AutoModelForCausalLM.from_pretrained(directory).eval())
 

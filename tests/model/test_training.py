@@ -62,6 +62,13 @@ def learnt(model: nn.Module) -> bool:
     return all(bool(matrix.any()) for matrix in matrices)
 
 
+def test_trainer_finds_the_columns_of_a_model_without_a_task(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(models.tiny_llama(), config)
+    train(model, tmp_path)
+    assert learnt(model)
+
+
 def base_part(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights(model).items() if ".lora_" not in name}
 

@@ -27,6 +27,7 @@ from lamina.demo.reopen import EXPECTED, PROBE, reopen
 from lamina.demo.show import draw_matrix, matrix_table, samples_table, stage_summary
 from lamina.demo.train import train_stage
 from lamina.model import PeftModel
+from lamina.model.auto import open_model
 from lamina.stages import begin_stage, save_stage
 
 SHIPPED_BASE = Path(__file__).parent / "base"
@@ -60,6 +61,9 @@ class Results:
     lamina: str = __version__
 
 
+_OTHER_MODEL = "give a directory or hub id with a model and its tokenizer, or no --model"
+
+
 @dataclass(frozen=True)
 class _Text:
     name: str
@@ -89,7 +93,7 @@ def run_demo(
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
     name = model_name_or_path or str(SHIPPED_BASE)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = open_model(AutoTokenizer, name, cure=_OTHER_MODEL)
     texts = _tokenize(tokenizer)
     base = _load(name)
     results = Results(columns=[text.name for text in texts])
@@ -136,7 +140,7 @@ def _quiet() -> None:
 
 
 def _load(name: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(name).eval()
+    return open_model(AutoModelForCausalLM, name, cure=_OTHER_MODEL).eval()
 
 
 def _tokenize(tokenizer: Any) -> list[_Text]:

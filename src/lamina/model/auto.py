@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, ClassVar
 
 from lamina.config import PeftConfig
-from lamina.errors import CheckpointError, ConfigError
+from lamina.errors import CheckpointError, ConfigError, MissingFileError
 from lamina.model.facade import PeftModel
 from lamina.model.tasks import (
     PeftModelForCausalLM,
@@ -19,6 +20,24 @@ from lamina.model.tasks import (
 from lamina.storage.source import PathOrId
 
 _HUB = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+def open_model(kind: Any, name: str, *, cure: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`, with what went wrong in one message.
+
+    Raises:
+        MissingFileError: there is no such model, or it can't be read.
+    """
+    try:
+        return kind.from_pretrained(name, **options)
+    except OSError as error:
+        # What follows the first line is advice on the hub, also where a directory was meant.
+        faults = [str(error).strip().partition("\n")[0]]
+        if not os.path.isdir(name):
+            faults.insert(0, f"there is no such directory, seen from {os.getcwd()!r}")
+        raise MissingFileError(
+            f"The model {name!r} can't be opened.", faults=faults, cure=cure
+        ) from error
 
 
 class AutoPeftModel:
@@ -77,6 +96,7 @@ class AutoPeftModel:
 
         Raises:
             CheckpointError: it names none.
+            MissingFileError: what it names can't be opened.
         """
         name = config.base_model_name_or_path
         if not name:
@@ -84,7 +104,9 @@ class AutoPeftModel:
                 f"The config of {source} doesn't name its base model.",
                 cure="load the base yourself and pass it: lamina.load(path, base=base)",
             )
-        return cls._base_class(config).from_pretrained(name, revision=config.revision, **kwargs)
+        kind = cls._base_class(config)
+        cure = "give the base's directory or hub id: lamina.load(path, base=DIR), or --base DIR"
+        return open_model(kind, name, cure=cure, revision=config.revision, **kwargs)
 
     @classmethod
     def _base_class(cls, config: PeftConfig) -> Any:

@@ -281,9 +281,32 @@ class PeftModel(nn.Module):
         """The model that is adapted, adapters included."""
         return self.base_model.model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted model's output."""
-        return self.get_base_model()(*args, **kwargs)
+    def forward(
+        self,
+        *args: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The adapted model's output.
+
+        It names the usual inputs, because trainers look there for the columns of the data to keep;
+        what is None is not passed on.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        return self.get_base_model()(*args, **given, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's generation."""

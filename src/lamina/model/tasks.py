@@ -11,12 +11,9 @@ from lamina.model.facade import PeftModel
 
 
 class _TransformersModel(PeftModel):
-    """A facade over a transformers model.
+    """A facade over a transformers model; its forward takes the usual inputs by place too."""
 
-    Its forward names the usual inputs, because trainers look there for the columns to keep.
-    """
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -27,16 +24,15 @@ class _TransformersModel(PeftModel):
         **kwargs: Any,
     ) -> Any:
         """The adapted model's output; what is None is not passed on."""
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-        }
-        given = {name: value for name, value in named.items() if value is not None}
-        return self.get_base_model()(**given, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            **kwargs,
+        )
 
 
 class PeftModelForCausalLM(_TransformersModel):
@@ -111,8 +107,10 @@ def get_peft_model(
         revision=revision,
     )
     if peft_config.task_type is None:
-        facade.peft_config[adapter_name].auto_mapping = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        }
+        facade.peft_config[adapter_name].auto_mapping = base_class(model)
     return facade
+
+
+def base_class(model: nn.Module) -> dict[str, Any]:
+    """The class of a base model as a config has it (`auto_mapping`), where it has no task."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from pathlib import PurePath
 from typing import Any
@@ -14,6 +15,9 @@ from lamina.engine.layers import is_linear
 from lamina.engine.layers.linear import linear_shape
 from lamina.engine.names import places
 from lamina.engine.trainability import adapter_parameters, count_parameters
+
+# How the hub's cache spells `owner/name`.
+_CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
 
 
 def describe_base(model: nn.Module) -> Base:
@@ -88,4 +92,7 @@ def _differ(one: object, other: object) -> bool:
 
 def _last(name: str | None) -> str | None:
     # The same model may lie in another folder; its own folder's name stays.
-    return PurePath(name).name if name else None
+    if not name:
+        return None
+    cached = _CACHED.search(name)
+    return cached[1] if cached else PurePath(name).name or None

@@ -35,7 +35,8 @@ def load(
         A model whose one adapter is named after the newest stage.
 
     Raises:
-        StageError: the base is not the one that the stage was trained on.
+        StageError: the base is not the one that the stage was trained on, or options are given
+            for a base that is loaded already.
         CheckpointError: files are missing or broken.
     """
     hub = {name: options.pop(name) for name in loading.HUB_OPTIONS if name in options}
@@ -44,6 +45,7 @@ def load(
     record = record_of(file.config, shapes, file.metadata, source=file.source)
     name = record.newest.name
     if isinstance(base, nn.Module):
+        _refuse_options(options)
         whole_base: nn.Module = base
     else:
         file.config.base_model_name_or_path = base or file.config.base_model_name_or_path
@@ -52,6 +54,16 @@ def load(
         _check_base(record, whole_base, str(path))
     kind = PeftModel.for_task(file.config.task_type)
     return loading.over(kind, whole_base, file, loading.How(), name).eval()
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    if options:
+        raise StageError(
+            "The base is loaded already, so nothing is left to take these options.",
+            faults=[f"{name}={value!r}" for name, value in options.items()],
+            cure="load the base with them, or give its path; to train a stage on, "
+            'lamina.begin_stage(base, name="next", parent=path, mode="continue")',
+        )
 
 
 def _check_base(record: StageRecord, base: nn.Module, source: str) -> None:

@@ -23,6 +23,7 @@ from lamina.engine.layers import lora_layers
 from lamina.engine.names import places
 from lamina.errors import StageError
 from lamina.model import PeftModel
+from lamina.model.tasks import base_class
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.flat_config import flat_config
 from lamina.stages.lamination import Part, put_together, to_tensors
@@ -76,6 +77,8 @@ def save_stage(
         list(saved),
     )
     config.base_model_name_or_path = context.base.name_or_path
+    if config.task_type is None:
+        config.auto_mapping = base_class(model.get_base_model())
     embeddings = _embeddings(model)
     config.fan_in_fan_out = _fan_in_fan_out(model)
     if config.bias == "lora_only":
@@ -95,6 +98,14 @@ def _check_whole(model: PeftModel, context: StageContext) -> None:
             f"{' -> '.join(adapters)}.",
             cure="begin the stage again; to turn an older adapter off, use set_adapter",
         )
+    strange = [adapter for adapter in model.active_adapters if adapter not in adapters]
+    if strange:
+        raise StageError(
+            f"{', '.join(map(repr, strange))} takes part in what the model answers, and is no part "
+            f"of the chain {' -> '.join(adapters)}: the file would answer otherwise.",
+            cure=f"model.set_adapter({adapters!r}, train={[context.name]!r}); a new adapter over "
+            "these is a stage of its own",
+        )
 
 
 def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
@@ -102,6 +113,11 @@ def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
         f"metrics[{name!r}]={value!r} is not a finite number"
         for name, value in (metrics or {}).items()
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value)
+    ]
+    faults += [
+        f"metrics[{name!r}]: a name is a string"
+        for name in metrics or {}
+        if not isinstance(name, str)
     ]
     try:
         json.dumps(to_jsonable_python(data, inf_nan_mode="constants"), allow_nan=False)
