@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,28 @@ def test_names_that_cant_be_part_of_parameter_names(domain: Path, name: Any) -> 
         error = refused(named(), StageError, name=name, **call)
         assert len(error.faults) == 1
         assert repr(name) in error.faults[0]
+
+
+def test_a_config_of_another_library() -> None:
+    error = refused(named(), StageError, name="x", config=peft.LoraConfig(r=4))
+    assert "config is a peft.LoraConfig, not a lamina.LoraConfig" in str(error)
+
+
+def test_a_base_that_is_no_model() -> None:
+    base: Any = "someone/tiny"
+    with pytest.raises(StageError, match="base is a str, not a model"):
+        begin_stage(base, name="x", config=llama_lora())
+
+
+def test_a_misspelt_word_begins_no_other_stage(domain: Path) -> None:
+    call = {"name": "x", "config": llama_lora()}
+    error = refused(named(), StageError, **call, parrent=domain)
+    assert "'parrent' is no argument of begin_stage; did you mean 'parent'?" in str(error)
+    error = refused(named(), StageError, **call, parent=domain, mode="stack", keep_folded=True)
+    assert "did you mean 'keep_unfolded'?" in str(error)
+    error = refused(named(), StageError, **call, subfolder="a")
+    assert "there is no parent" in str(error)
+    begin_stage(named(), **call, parent=domain.parent, subfolder=domain.name, mode="stack")
 
 
 def test_everything_wrong_with_the_words_in_one_error() -> None:
@@ -223,6 +246,8 @@ def test_everything_wrong_with_the_parent_in_one_error(domain: Path) -> None:
         "base",
         "base",
     ]
+    for way in ("choose a name", "leave config out", "allow_base_mismatch=True"):
+        assert way in str(error.cure)
 
 
 def test_no_parent_there(tmp_path: Path) -> None:

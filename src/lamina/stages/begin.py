@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,7 +18,7 @@ from lamina.engine.state import AdapterState
 from lamina.errors import AdapterNameError, FoldError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
-from lamina.model.loading import undone_on_error
+from lamina.model.loading import HUB_OPTIONS, undone_on_error
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import Chain, take_apart
@@ -72,8 +73,8 @@ def begin_stage(
         AlreadyAdaptedError: the base has adapters.
         FoldError: "merge" on a base that can't be written; nothing has been changed.
     """
+    _check_words(base, name, parent, mode, config, where)
     refuse_adapted(base)
-    _check_words(name, parent, mode, config)
     chain = None if parent is None else take_apart(read_adapter(parent, **where))
     described = describe_base(base)
     if chain is not None:
@@ -115,9 +116,18 @@ def begin_stage(
     return model
 
 
-def _check_words(name: str, parent: object, mode: str | None, config: PeftConfig | None) -> None:
+def _check_words(
+    base: object,
+    name: str,
+    parent: object,
+    mode: str | None,
+    config: PeftConfig | None,
+    where: dict[str, Any],
+) -> None:
     """What is wrong with the arguments on their own."""
     faults = []
+    if not isinstance(base, nn.Module):
+        faults.append(f"base is a {type(base).__name__}, not a model: load it first")
     if mode is not None and mode not in MODES:
         close = nearest(str(mode), MODES)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -130,15 +140,41 @@ def _check_words(name: str, parent: object, mode: str | None, config: PeftConfig
     if config is None and (parent is None or mode in ("stack", "merge")):
         faults.append("config is missing: the new adapter needs a LoraConfig")
     elif config is not None and not isinstance(config, LoraConfig):
-        faults.append(f"config is a {type(config).__name__}, not a lamina.LoraConfig")
-    faults += _name_faults(name)
+        faults.append(f"config is a {_kind(config)}, not a lamina.LoraConfig")
+    faults += [*_name_faults(name), *_where_faults(where, parent)]
+    on_parent = parent is not None or mode is not None
     if faults:
         raise StageError(
             f"Stage {name!r} can't be begun as asked.",
             faults=faults,
-            cure='lamina.begin_stage(base, name="chat", parent="runs/domain", mode="stack", '
-            'config=LoraConfig(r=16, target_modules="all-linear"))',
+            cure="lamina.begin_stage(base, "
+            + (
+                'name="chat", parent="runs/domain", mode="stack", '
+                if on_parent
+                else 'name="domain", '
+            )
+            + 'config=LoraConfig(r=16, target_modules="all-linear"))',
         )
+
+
+def _kind(value: object) -> str:
+    """The name of a value's class, with the library that it is from."""
+    library = type(value).__module__.partition(".")[0]
+    return type(value).__name__ if library == "builtins" else f"{library}.{type(value).__name__}"
+
+
+def _where_faults(where: dict[str, Any], parent: object) -> list[str]:
+    """Words that mean nothing here: a misspelt one must not begin another stage than asked."""
+    faults = []
+    for word, value in where.items():
+        if word in HUB_OPTIONS:
+            if parent is None and value is not None:
+                faults.append(f"{word} says where the parent is, and there is no parent")
+            continue
+        close = nearest(word, {*inspect.signature(begin_stage).parameters, *HUB_OPTIONS})
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        faults.append(f"{word!r} is no argument of begin_stage{hint}")
+    return faults
 
 
 def _name_faults(name: object) -> list[str]:
@@ -202,11 +238,14 @@ def _config_faults(asked: LoraConfig, had: LoraConfig) -> list[str]:
 
 
 def _cure(faults: list[str]) -> str:
-    if any(fault.startswith("name") for fault in faults):
-        return "choose a name that is not in the chain"
-    if any(fault.startswith("config") for fault in faults):
-        return 'leave config out, or use mode="stack" for an adapter with another config'
-    return "load the base that the parent was trained on, or allow_base_mismatch=True if it is"
+    ways = {
+        "name": "choose a name that is not in the chain",
+        "config": 'leave config out, or use mode="stack" for an adapter with another config',
+        "base": "load the base that the parent was trained on (allow_base_mismatch=True if it is)",
+    }
+    return "; ".join(
+        way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)
+    )
 
 
 def _build(
