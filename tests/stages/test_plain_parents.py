@@ -34,6 +34,21 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("mode", ["continue", "stack", "merge"])
+def test_modules_that_peft_takes_by_the_end_of_their_names(mode: str, tmp_path: Path) -> None:
+    # To peft, "norm" is the end of "input_layernorm" too: it has trained and saved five modules.
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
+    expected = save_plain_peft(tmp_path / "plain", settings)
+    assert len(lineage(tmp_path / "plain").saved_modules) == 5
+    config = None if mode == "continue" else LoraConfig(r=3, target_modules=["v_proj"])
+    model = begin_stage(
+        models.tiny_llama(), name="next", parent=tmp_path / "plain", mode=mode, config=config
+    )
+    assert distance(answer(model), expected) < 1e-5
+    save_stage(model, tmp_path / "next")
+    assert distance(answer(open_with_peft(tmp_path / "next")), expected) < 1e-5
+
+
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("mode", ["continue", "stack", "merge"])
 def test_a_stage_on_a_plain_adapter(kind: str, mode: str, tmp_path: Path) -> None:

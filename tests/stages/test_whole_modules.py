@@ -34,6 +34,12 @@ def check(model: nn.Module, path: Path, build: Any) -> None:
     assert distance(answer(open_with_peft(path, build)), answer(model)) < 1e-5
 
 
+def test_a_module_whose_name_ends_the_names_of_others(tmp_path: Path) -> None:
+    # To peft, "norm" is the end of "input_layernorm" too.
+    model = run_stage(tmp_path / "one", llama_lora(modules_to_save=["norm"]))
+    check(model, tmp_path / "one", models.tiny_llama)
+
+
 @pytest.mark.parametrize("mode", ["stack", "merge"])
 def test_the_newest_copy_of_a_module_wins(tmp_path: Path, mode: str) -> None:
     build = models.tiny_llama

@@ -127,6 +127,7 @@ def _saved_owner(name: str, wanted: tuple[str, ...]) -> str | None:
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:end])
-        if any(owner == each or owner.endswith(f".{each}") for each in wanted):
+        # As peft means it: "norm" is also the end of "input_layernorm".
+        if any(owner.endswith(each) for each in wanted):
             return owner
     return None

@@ -84,7 +84,13 @@ def _rank_patterns(ranks: Mapping[str, int], *, escape: bool) -> dict[str, int]:
 
 
 def _saved_names(everything: Sequence[Place], saved: Sequence[str]) -> list[str] | None:
-    return spell(everything, set(saved)) if saved else None
+    if not saved:
+        return None
+    # A reader that takes "norm" for the end of "input_layernorm" too gets whole names.
+    names = [place.name for place in everything]
+    spelt = spell(everything, set(saved))
+    hit = {name for name in names if any(name.endswith(each) for each in spelt)}
+    return spelt if hit <= set(saved) else sorted(saved)
 
 
 def _widest_bias(configs: Sequence[LoraConfig]) -> str:
