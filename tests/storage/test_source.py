@@ -175,6 +175,13 @@ def test_anything_else_says_what_is_there(tmp_path: Path) -> None:
     assert caught.value.faults[1] == "'adapter_confg.json' is spelled almost like it"
 
 
+def test_the_files_of_an_adapter_are_no_misspellings_of_each_other(tmp_path: Path) -> None:
+    fill(tmp_path, WEIGHTS)
+    with pytest.raises(MissingFileError) as caught:
+        find_adapter(tmp_path)
+    assert caught.value.faults == (f"it has {WEIGHTS}",)
+
+
 def test_a_file_in_place_of_its_directory(tmp_path: Path) -> None:
     fill(tmp_path, CONFIG, WEIGHTS)
     with pytest.raises(CheckpointError, match="is a file") as caught:

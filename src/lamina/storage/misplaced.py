@@ -104,7 +104,8 @@ def _found(names: Collection[str]) -> list[str]:
     if not here:
         return ["it is empty"]
     more = [f"and {len(here) - _SHOWN} more"] if len(here) > _SHOWN else []
-    close = [f"'{name}' is spelled almost like it" for name in nearest(CONFIG_NAME, here)]
+    others = {*here} - {CONFIG_NAME, SAFETENSORS_NAME, INDEX_NAME, PICKLE_NAME}
+    close = [f"'{name}' is spelled almost like it" for name in nearest(CONFIG_NAME, others)]
     return [f"it has {', '.join([*here[:_SHOWN], *more])}", *close]
 
 
