@@ -182,8 +182,8 @@ def _name_faults(name: object) -> list[str]:
         return [f"name={name!r} is not a string"]
     try:
         AdapterState().check_new_name(name)
-    except AdapterNameError:
-        return [f"name={name!r} has a dot, is empty or is an attribute of a torch module"]
+    except AdapterNameError as error:
+        return [f"name={name!r} can't be used: {error.cure}"]
     return []
 
 
@@ -241,7 +241,8 @@ def _cure(faults: list[str]) -> str:
     ways = {
         "name": "choose a name that is not in the chain",
         "config": 'leave config out, or use mode="stack" for an adapter with another config',
-        "base": "load the base that the parent was trained on (allow_base_mismatch=True if it is)",
+        "base": "load the base that the parent was trained on, or pass allow_base_mismatch=True if "
+        "it is the same but for its name or head",
     }
     return "; ".join(
         way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)

@@ -98,6 +98,12 @@ def _check_whole(model: PeftModel, context: StageContext) -> None:
             f"{' -> '.join(adapters)}.",
             cure="begin the stage again; to turn an older adapter off, use set_adapter",
         )
+    if not any(True for _ in lora_layers(model.get_base_model())):
+        raise StageError(
+            "The model's adapters were taken out (merge_and_unload or unload); nothing is left to "
+            "save as a stage.",
+            cure="save_stage first, then load(path, base).merge_and_unload()",
+        )
     strange = [adapter for adapter in model.active_adapters if adapter not in adapters]
     if strange:
         raise StageError(

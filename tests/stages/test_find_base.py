@@ -1,0 +1,64 @@
+"""The base that a stage is loaded on: found by what is on record, compared with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamina.config import LoraConfig
+from lamina.errors import MissingFileError, StageError
+from lamina.stages import begin_stage, load, save_stage
+from tests import models
+from tests.stages.chains import answer, distance, fill_trainable, llama_lora, run_stage
+
+
+def test_the_base_is_found_by_its_recorded_name(tmp_path: Path) -> None:
+    models.tiny_llama().save_pretrained(tmp_path / "base")
+    base = type(models.tiny_llama()).from_pretrained(tmp_path / "base").eval()
+    model = begin_stage(base, name="one", config=llama_lora()).eval()
+    fill_trainable(model)
+    save_stage(model, tmp_path / "one")
+    assert distance(answer(load(tmp_path / "one")), answer(model)) < 1e-6
+    moved = (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingFileError, match="no such directory") as caught:
+        load(tmp_path / "one")
+    assert "lamina.load(path, base=" in str(caught.value.cure)
+    with pytest.raises(StageError, match="elsewhere"):
+        load(tmp_path / "one", str(moved))
+    again = load(tmp_path / "one", str(moved), allow_base_mismatch=True)
+    assert distance(answer(again), answer(model)) < 1e-6
+
+
+def test_the_base_of_a_stage_without_a_task_is_found_by_its_class(tmp_path: Path) -> None:
+    models.tiny_llama().save_pretrained(tmp_path / "base")
+    base = type(models.tiny_llama()).from_pretrained(tmp_path / "base").eval()
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    model = begin_stage(base, name="one", config=config).eval()
+    fill_trainable(model)
+    save_stage(model, tmp_path / "one")
+    again = load(tmp_path / "one")
+    assert type(again.get_base_model()).__name__ == "LlamaForCausalLM"
+    assert distance(answer(again), answer(model)) < 1e-6
+
+
+def test_the_base_from_the_cache_of_the_hub_is_the_same(tmp_path: Path) -> None:
+    cached = "/root/hub/models--someone--tiny/snapshots/0123456789abcdef"
+    for began, opened in (("someone/tiny", cached), (cached, "someone/tiny"), (cached, ".")):
+        bases = [models.tiny_llama(), models.tiny_llama()]
+        bases[0].name_or_path, bases[1].name_or_path = began, opened
+        model = begin_stage(bases[0], name="one", config=llama_lora())
+        fill_trainable(model)
+        save_stage(model, tmp_path / "one")
+        load(tmp_path / "one", bases[1])
+    other = models.tiny_llama()
+    other.name_or_path = cached.replace("tiny", "other")
+    with pytest.raises(StageError, match="other"):
+        load(tmp_path / "one", other)
+
+
+def test_options_for_a_base_that_is_loaded_already(tmp_path: Path) -> None:
+    run_stage(tmp_path / "one", llama_lora())
+    with pytest.raises(StageError, match="is_trainable=True") as caught:
+        load(tmp_path / "one", models.tiny_llama(), dtype="auto", is_trainable=True)
+    assert len(caught.value.faults) == 2
