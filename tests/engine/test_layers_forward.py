@@ -273,3 +273,12 @@ def test_a_model_compiles_whole_and_trains() -> None:
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_an_embedding_with_sparse_gradients_trains_its_factors() -> None:
+    model = nn.ModuleDict({"layer": nn.Embedding(8, 6, sparse=True)})
+    adapt(model, target_modules=["layer"])
+    model["layer"](torch.tensor([1, 2])).sum().backward()
+    for parameter in layer_of(model, "layer").tensors("default").values():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0

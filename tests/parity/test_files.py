@@ -200,6 +200,24 @@ def test_an_embedding_that_was_resized_comes_from_the_file(tmp_path: Path) -> No
     check(case.answer(ours), case.answer(theirs), case.answer(case.base()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_with_its_embeddings_trained_whole(tmp_path: Path, tied: bool) -> None:
+    def base() -> nn.Module:
+        return models.tiny_llama(tie_word_embeddings=tied)
+
+    theirs = peft.get_peft_model(
+        base(),
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    )
+    fill_theirs(theirs)
+    # What "auto" comes to where the vocabulary is not that of the base on the hub.
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.lm_head.original_module.weight" in load_file(tmp_path / WEIGHTS)
+    ours = PeftModel.from_pretrained(base(), tmp_path)
+    ids = models.token_ids()
+    check(ours(ids).logits, theirs(ids).logits, base()(ids).logits)
+
+
 @pytest.mark.parametrize("writer", ["lamina", "peft"])
 def test_several_adapters_in_folders(tmp_path: Path, writer: str) -> None:
     case, other = CASES["all-linear"], CASES["rslora"]

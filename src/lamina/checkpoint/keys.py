@@ -20,7 +20,7 @@ from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 
 _PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-_DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\.(?:.+\.)?bias)$")
+_DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\..+)$")
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ def _join(module: str, leaf: str) -> str:
 
 
 def is_double(key: str, keys: Collection[str]) -> bool:
-    """Whether PEFT wrote this only because of `bias="all"`: biases of a module trained whole.
+    """Whether PEFT wrote a part of a module trained whole once more, beside its own name.
 
-    The trained one is in the file under its own name, and the base has the original.
+    It does so with biases for `bias="all"`, and with embeddings and heads where the vocabulary was
+    resized. The base has the original.
     """
     plain = _DOUBLE.sub(r"\1", key)
     return plain != key and plain in keys

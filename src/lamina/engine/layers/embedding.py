@@ -52,13 +52,13 @@ class Embedding(LoraLayer):
     def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a, b = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         base = self.base_layer
-        # Not with the base's max_norm: torch would shrink A itself, in place.
+        # Not with the base's max_norm: torch would shrink A itself, in place. Nor with its sparse:
+        # the lookup is in A transposed, and a sparse gradient can't be transposed back.
         looked_up = F.embedding(
             x,
             a.T,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
-            sparse=base.sparse,
         )
         update: torch.Tensor = (looked_up @ b.T) * self.records[adapter].scaling
         # Some models scale inside their embedding's forward; the update has to follow.
