@@ -131,10 +131,8 @@ def _stage(stage: Stage, trained: int | None, record: StageRecord) -> StageSumma
         name=stage.name,
         mode=stage.mode,
         trained=trained,
-        saved_modules=tuple(
-            sorted(m for m, by in record.saved_modules.items() if by == stage.name)
-        ),
-        biases=tuple(sorted(b for b, by in record.biases.items() if by == stage.name)),
+        saved_modules=_owned(record.saved_modules, stage.name),
+        biases=_owned(record.biases, stage.name),
         created=stage.created,
         metrics=stage.metrics,
         data=stage.data,

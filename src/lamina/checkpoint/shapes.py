@@ -10,12 +10,6 @@ from typing import Any
 
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, split_key
 
-# What a facade's model lies under; plain module names begin after it.
-PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(.+)\.(?:(lora_[AB])\.(?:default\.)?weight|(lora_embedding_[AB])(?:\.default)?)"
-)
-
 
 @dataclass(frozen=True)
 class FactorShapes:
