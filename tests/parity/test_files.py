@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import lamina
 from lamina.config import LoraConfig
 from lamina.model import (
     PeftModel,
@@ -198,6 +199,11 @@ def test_an_embedding_that_was_resized_comes_from_the_file(tmp_path: Path) -> No
     assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(tmp_path / WEIGHTS)
     ours = PeftModel.from_pretrained(case.base(), tmp_path)
     check(case.answer(ours), case.answer(theirs), case.answer(case.base()))
+    # To a second adapter it is the same base; another base changes under the first one.
+    ours.load_adapter(tmp_path, "again")
+    other = lamina.get_peft_model(case.base(), case.ours())
+    with pytest.warns(UserWarning, match="1 weights of the base replaced"):
+        other.load_adapter(tmp_path, "second")
 
 
 @pytest.mark.parametrize("tied", [False, True])

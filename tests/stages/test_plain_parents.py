@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lamina.config import LoraConfig
+from lamina.errors import StageError
+from lamina.model import PeftModel
 from lamina.stages import begin_stage, lineage, load, save_stage
 from tests import models
 from tests.stages.chains import (
@@ -115,3 +118,20 @@ def test_a_vocabulary_is_not_taken_from_a_plain_adapter(tmp_path: Path) -> None:
     assert key not in tensors_of(tmp_path / "next")
     weight = model.get_base_model().model.embed_tokens.base_layer.weight
     assert torch.equal(weight, models.tiny_llama().model.embed_tokens.weight)
+
+
+def test_an_embedding_that_was_resized_has_to_be_the_bases(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        models.tiny_llama(),
+        peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+    ).eval()
+    with torch.no_grad():
+        theirs.get_base_model().model.embed_tokens.base_layer.weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    config = LoraConfig(r=3, target_modules=["v_proj"])
+    how: dict[str, Any] = {"name": "n", "parent": tmp_path, "mode": "stack", "config": config}
+    base = models.tiny_llama()
+    with pytest.raises(StageError, match="weight in the parent's file"):
+        begin_stage(base, **how)
+    base = PeftModel.from_pretrained(base, tmp_path).unload()
+    assert distance(answer(begin_stage(base, **how)), answer(theirs)) < 1e-5

@@ -68,6 +68,7 @@ def fill_adapter(
         unexpected_keys=sorted(given.keys() - wanted.keys() - base.keys()),
         mismatched_keys=wrong,
         base_keys=tuple(base),
+        replaced_keys=tuple(key for key in base if not _holds(base[key], given[key])),
         zero_B=tuple(zero),
         count_B=sum(slot.leaf in _B_LEAVES for slot in wanted.values()),
     )
@@ -78,6 +79,10 @@ def fill_adapter(
     _begin_unfilled(model, adapter, wanted, matched)
     _put(matched, base, given)
     return report
+
+
+def _holds(parameter: nn.Parameter, value: torch.Tensor) -> bool:
+    return parameter.is_meta or torch.equal(parameter.detach(), value.to(parameter))
 
 
 def _refuse_meta(matched: dict[str, Slot], base: dict[str, nn.Parameter], source: str) -> None:

@@ -22,6 +22,7 @@ class LoadReport:
         mismatched_keys: (name, shape in the file, shape in the model).
         base_keys: tensors of the file that are weights of the base model, as PEFT saves them
             beside an adapted embedding; they were loaded into the base.
+        replaced_keys: those of them that the base had other values for.
         zero_B: names of B matrices that are all zero, so that their layers change nothing.
         count_B: the number of B matrices.
     """
@@ -33,6 +34,7 @@ class LoadReport:
         default_factory=list
     )
     base_keys: tuple[str, ...] = ()
+    replaced_keys: tuple[str, ...] = ()
     zero_B: tuple[str, ...] = ()
     count_B: int = 0
 
@@ -50,6 +52,8 @@ class LoadReport:
         ]
         if self.mismatched_keys:
             parts.append(f"{len(self.mismatched_keys)} of another shape")
+        if self.replaced_keys:
+            parts.append(f"{len(self.replaced_keys)} weights of the base replaced")
         if self.zero_B:
             parts.append(f"{len(self.zero_B)} of {self.count_B} B matrices all zero")
         return ", ".join(parts)

@@ -107,6 +107,11 @@ def fill(model: PeftModel, name: str, file: AdapterFile, how: How) -> LoadReport
     )
     if not report.complete:
         warnings.warn(f"{file.source}: {report}", stacklevel=4)
+    elif report.replaced_keys and len(model.peft_config) > 1:
+        warnings.warn(
+            f"{file.source}: {report}; the other adapters lie over them from now on.",
+            stacklevel=4,
+        )
     elif report.count_B and len(report.zero_B) == report.count_B:
         warnings.warn(
             f"{file.source}: all {report.count_B} B matrices are zero, so this adapter changes "

@@ -22,7 +22,7 @@ from lamina.model.loading import HUB_OPTIONS, undone_on_error
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import Chain, take_apart
-from lamina.stages.restore import restore_part
+from lamina.stages.restore import base_weight_faults, restore_part
 
 MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
 # What a config says of its surroundings rather than of the ranks.
@@ -80,9 +80,8 @@ def begin_stage(
     if chain is not None:
         faults = _chain_faults(chain, name, mode, config)
         if not allow_base_mismatch:
-            faults += [
-                f"base: {fault}" for fault in base_faults(chain.record.newest.base, described)
-            ]
+            told = base_faults(chain.record.newest.base, described)
+            faults += [f"base: {each}" for each in told or base_weight_faults(base, chain)]
         if faults:
             raise StageError(
                 f"Stage {name!r} can't be begun on {chain.source}.",

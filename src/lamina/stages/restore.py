@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import re
 
+import torch
+from torch import nn
+
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.origin import PREFIX
 from lamina.config import LoraConfig
+from lamina.engine.names import places
 from lamina.engine.targets import make_plan
 from lamina.model import PeftModel
 from lamina.stages.lamination import Chain, Part, to_tensors
@@ -59,6 +63,36 @@ def restore_part(
     )
     fill_adapter(model, adapter, state, tensors, source=f"{chain.source}, ranks of stage {stage!r}")
     model.base_model.activate([*(n for n in state.active if n != adapter), adapter])
+
+
+def base_weight_faults(base: nn.Module, chain: Chain) -> list[str]:
+    """Weights of the base that a file brings along, as PEFT does with embeddings, and `base` lacks.
+
+    They are not a stage's: without them the older ranks would lie over another base.
+    """
+    record = chain.record
+    weights = {
+        f"{place.name}.{leaf}": parameter
+        for place in places(base)
+        for leaf, parameter in place.original.named_parameters(recurse=False)
+    }
+    names = {
+        key: key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        for key in chain.others
+        if not key.endswith("bias") and not _owned(key, [*record.saved_modules], [])
+    }
+    return [
+        f"{names[key]} in the parent's file has other values than this base's; "
+        "lamina.PeftModel.from_pretrained(base, parent).unload() is a base with the file's"
+        for key in names
+        if not _equal(weights.get(names[key]), chain.others[key])
+    ]
+
+
+def _equal(mine: nn.Parameter | None, theirs: torch.Tensor) -> bool:
+    if mine is None or mine.shape != theirs.shape:
+        return False
+    return mine.is_meta or torch.equal(mine.detach(), theirs.to(mine))
 
 
 def _hit_exactly(model: PeftModel, config: LoraConfig, modules: set[str]) -> None:
