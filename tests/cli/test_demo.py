@@ -39,3 +39,10 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = lamina("demo", "--model", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "no such directory" in result.stderr
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    result = lamina("demo", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "can't be made a directory" in result.stderr

@@ -44,6 +44,10 @@ def test_a_base_that_is_not_there(stage: Path, tmp_path: Path) -> None:
     done = lamina("merge", stage, "--base", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert done.exit_code == 2
     assert "no such directory" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = lamina("merge", stage, "--base", tmp_path / "empty", "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "can't be opened" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

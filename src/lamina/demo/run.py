@@ -26,6 +26,7 @@ from lamina.demo.corpus import stage_texts
 from lamina.demo.reopen import EXPECTED, PROBE, reopen
 from lamina.demo.show import draw_matrix, matrix_table, samples_table, stage_summary
 from lamina.demo.train import train_stage
+from lamina.errors import CheckpointError
 from lamina.model import PeftModel
 from lamina.model.auto import open_model
 from lamina.stages import begin_stage, save_stage
@@ -91,7 +92,12 @@ def run_demo(
     console = console or Console()
     _quiet()
     out = Path(output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"'{out}' can't be made a directory: {error.strerror}.", cure="choose another --output"
+        ) from error
     name = model_name_or_path or str(SHIPPED_BASE)
     tokenizer = open_model(AutoTokenizer, name, cure=_OTHER_MODEL)
     texts = _tokenize(tokenizer)

@@ -26,18 +26,19 @@ def open_model(kind: Any, name: str, *, cure: str, **options: Any) -> Any:
     """`kind.from_pretrained(name)`, with what went wrong in one message.
 
     Raises:
-        MissingFileError: there is no such model, or it can't be read.
+        MissingFileError: there is no such model.
+        CheckpointError: it can't be read.
     """
     try:
         return kind.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         # What follows the first line is advice on the hub, also where a directory was meant.
         faults = [str(error).strip().partition("\n")[0]]
         if not os.path.isdir(name):
             faults.insert(0, f"there is no such directory, seen from {os.getcwd()!r}")
-        raise MissingFileError(
-            f"The model {name!r} can't be opened.", faults=faults, cure=cure
-        ) from error
+        # To transformers, what isn't there is an OSError, what it can't read a ValueError.
+        kind_of = MissingFileError if isinstance(error, OSError) else CheckpointError
+        raise kind_of(f"The model {name!r} can't be opened.", faults=faults, cure=cure) from error
 
 
 class AutoPeftModel:
@@ -121,7 +122,8 @@ class AutoPeftModel:
         if found is None:
             raise ConfigError(
                 "The config says neither the task nor the class of the base model.",
-                cure="use the class for the task, e.g. AutoPeftModelForCausalLM",
+                cure="load the base yourself and pass it, lamina.load(path, base=base), or use the "
+                "class for the task, e.g. AutoPeftModelForCausalLM",
             )
         return found._base_class(config)
 
