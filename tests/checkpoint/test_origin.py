@@ -80,12 +80,13 @@ def test_what_a_plain_adapter_trained_whole() -> None:
     assert record.biases == {"a.bias": UNKNOWN, "norm.bias": UNKNOWN}
 
 
-def test_names_of_whole_modules_are_compared_by_components() -> None:
+def test_names_of_whole_modules_are_endings_as_peft_means_them() -> None:
     given = shapes(a=4) | {f"{PREFIX}lm_head.weight": [9, 9]}
-    assert imported(LoraConfig(modules_to_save=["head"]), given).saved_modules == {}
-    assert imported(LoraConfig(modules_to_save=["lm_head"]), given).saved_modules == {
-        "lm_head": UNKNOWN
-    }
+    for ending in ("head", "lm_head"):
+        assert imported(LoraConfig(modules_to_save=[ending]), given).saved_modules == {
+            "lm_head": UNKNOWN
+        }
+    assert imported(LoraConfig(modules_to_save=["lm_hea"]), given).saved_modules == {}
 
 
 def chain(**changes: Any) -> StageRecord:

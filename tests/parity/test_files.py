@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import lamina
 from lamina.config import LoraConfig
@@ -23,7 +24,7 @@ from lamina.model import (
     set_peft_model_state_dict,
 )
 from tests import models
-from tests.adapters import WEIGHTS, fill
+from tests.adapters import WEIGHTS, fill, trained
 
 # What peft warns of is not what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -222,6 +223,37 @@ def test_a_resized_vocabulary_with_its_embeddings_trained_whole(tmp_path: Path, 
     ours = PeftModel.from_pretrained(base(), tmp_path)
     ids = models.token_ids()
     check(ours(ids).logits, theirs(ids).logits, base()(ids).logits)
+
+
+def test_peft_opens_modules_whose_names_are_the_ends_of_others(tmp_path: Path) -> None:
+    # To peft, "norm" is the end of "post_attention_layernorm" too.
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    ours = lamina.get_peft_model(models.tiny_llama(), config)
+    fill(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(models.tiny_llama(), tmp_path)
+    ids = models.token_ids()
+    check(ours(ids).logits, theirs(ids).logits, models.tiny_llama()(ids).logits)
+
+
+def tiny_distilbert() -> DistilBertForSequenceClassification:
+    config = DistilBertConfig(
+        vocab_size=models.VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3
+    )
+    with models.seeded(0):
+        return DistilBertForSequenceClassification(config).eval()
+
+
+def test_a_head_of_two_layers_is_trained_and_saved_as_peft_does(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}
+    ours = lamina.get_peft_model(tiny_distilbert(), LoraConfig(**settings))
+    theirs = peft.get_peft_model(tiny_distilbert(), peft.LoraConfig(**settings))
+    assert trained(ours) == trained(theirs)
+    fill(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_distilbert(), tmp_path)
+    ids = models.token_ids()
+    check(ours(ids).logits, theirs(ids).logits, tiny_distilbert()(ids).logits)
 
 
 @pytest.mark.parametrize("writer", ["lamina", "peft"])

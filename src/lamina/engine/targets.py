@@ -287,6 +287,17 @@ def spell(everything: Iterable[Place], wanted: set[str]) -> list[str]:
     return sorted(name for name in short if not _covered(name, short))
 
 
+def spell_saved(everything: Iterable[Place], saved: Iterable[str]) -> list[str]:
+    """The names for `modules_to_save` that mean these modules to every reader, sorted.
+
+    A reader that takes "norm" for the end of "input_layernorm" too gets whole names.
+    """
+    everything, wanted = list(everything), set(saved)
+    short = spell(everything, wanted)
+    hit = {place.name for place in everything if place.name.endswith(tuple(short))}
+    return short if hit <= wanted else sorted(wanted)
+
+
 def _shortest(name: str, taken: set[str]) -> str:
     endings = [ending for ending in suffixes(name) if ending not in taken]
     return endings[-1] if endings else name
@@ -305,5 +316,6 @@ __all__ = [
     "make_plan",
     "numbers",
     "spell",
+    "spell_saved",
     "usual_targets",
 ]

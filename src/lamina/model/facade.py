@@ -14,6 +14,7 @@ from torch import nn
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine import fold
 from lamina.engine.inject import strip_idle
+from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
@@ -95,8 +96,9 @@ class PeftModel(nn.Module):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         config.revision = revision if revision is not None else config.revision
-        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        heads = [head for head in self.task_heads if head in names]
+        names = dict.fromkeys(place.name.rpartition(".")[2] for place in places(model))
+        # "pre_classifier" is a part of the head too, and new like it.
+        heads = [name for name in names if name.endswith(self.task_heads)]
         if heads:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
         return config

@@ -12,9 +12,9 @@ import torch
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots, taken
 from lamina.config import ALL_LINEAR, LoraConfig
-from lamina.engine.layers import Linear, lora_layers
+from lamina.engine.layers import Linear, ModulesToSaveWrapper, lora_layers
 from lamina.engine.names import places
-from lamina.engine.targets import spell
+from lamina.engine.targets import spell, spell_saved
 from lamina.errors import CheckpointError
 from lamina.storage.atomic import atomic_directory
 
@@ -70,7 +70,8 @@ def adapter_tensors(
 def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
     """An adapter's config as it is written: for inference, and exact for every reader.
 
-    "all-linear" is written out as the names it meant, since readers differ in what it means.
+    "all-linear" is written out as the names it meant, and endings that mean more to other readers
+    are, as whole names.
     """
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
@@ -78,9 +79,17 @@ def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
     layers = [layer for _, layer in lora_layers(base) if name in layer.records]
     linear = [layer for layer in layers if isinstance(layer, Linear)]
     config.fan_in_fan_out = bool(linear) and all(layer.fan_in_fan_out for layer in linear)
+    everything = list(places(base))
+    whole = {
+        place.name
+        for place in everything
+        if isinstance(place.module, ModulesToSaveWrapper) and name in place.module.modules_to_save
+    }
+    endings = tuple(config.modules_to_save or ())
+    if any(place.name.endswith(endings) for place in everything if place.name not in whole):
+        config.modules_to_save = spell_saved(everything, whole) or None
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        everything = list(places(base))
         inside = {id(layer) for layer in layers}
         config.target_modules = set(
             spell(everything, {p.name for p in everything if id(p.module) in inside})

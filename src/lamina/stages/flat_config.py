@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from lamina.config import LoraConfig
-from lamina.engine.names import Place, places
-from lamina.engine.targets import make_plan, spell
+from lamina.engine.names import places
+from lamina.engine.targets import make_plan, spell, spell_saved
 from lamina.errors import StageError
 
 
@@ -54,7 +54,7 @@ def flat_config(
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
-            modules_to_save=_saved_names(everything, saved),
+            modules_to_save=spell_saved(everything, saved) or None,
             bias=_widest_bias(all_configs),
             lora_bias=any(each.lora_bias for each in all_configs),
             init_lora_weights=True,
@@ -81,16 +81,6 @@ def _rank_patterns(ranks: Mapping[str, int], *, escape: bool) -> dict[str, int]:
             patterns[f"^{re.escape(module)}" if escape else module] = rank
     # Sorted, as tools that write a config anew sort it: the first entry that matches counts.
     return dict(sorted(patterns.items()))
-
-
-def _saved_names(everything: Sequence[Place], saved: Sequence[str]) -> list[str] | None:
-    if not saved:
-        return None
-    # A reader that takes "norm" for the end of "input_layernorm" too gets whole names.
-    names = [place.name for place in everything]
-    spelt = spell(everything, set(saved))
-    hit = {name for name in names if any(name.endswith(each) for each in spelt)}
-    return spelt if hit <= set(saved) else sorted(saved)
 
 
 def _widest_bias(configs: Sequence[LoraConfig]) -> str:
