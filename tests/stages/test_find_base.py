@@ -62,3 +62,21 @@ def test_options_for_a_base_that_is_loaded_already(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="is_trainable=True") as caught:
         load(tmp_path / "one", models.tiny_llama(), dtype="auto", is_trainable=True)
     assert len(caught.value.faults) == 2
+
+
+def test_the_recorded_revision_is_not_asked_of_another_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", revision="v2")
+    model = begin_stage(models.tiny_llama(), name="domain", config=config)
+    fill_trainable(model, seed=1)
+    save_stage(model, tmp_path / "domain")
+    asked: list[tuple[str, str | None]] = []
+
+    def from_pretrained(name: str, *, revision: str | None = None) -> object:
+        asked.append((name, revision))
+        return models.tiny_llama()
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    load(tmp_path / "domain", "someone/other")
+    assert asked == [("someone/other", None)]

@@ -48,7 +48,9 @@ def load(
         _refuse_options(options)
         whole_base: nn.Module = base
     else:
-        file.config.base_model_name_or_path = base or file.config.base_model_name_or_path
+        if base is not None:
+            # The recorded revision is one of the recorded base.
+            file.config.base_model_name_or_path, file.config.revision = str(base), None
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     if not allow_base_mismatch:
         _check_base(record, whole_base, str(path))
