@@ -7,7 +7,6 @@ docstrings. After each stage the model is measured on the held-out part of every
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +89,7 @@ def run_demo(
     """
     began = time.monotonic()
     console = console or Console()
-    _quiet()
+    disable_progress_bar()
     out = Path(output_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,12 +136,6 @@ def run_demo(
     results.seconds = time.monotonic() - began
     _finish(results, out, console)
     return results
-
-
-def _quiet() -> None:
-    """Leave the terminal to the demo: no bars for loading, no notes on missing GPU kernels."""
-    disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _load(name: str) -> Any:
