@@ -71,12 +71,6 @@ class TrainedBiases:
             for name, value in self.values.get(adapter, {}).items()
         }
 
-    def assign(self, adapter: str, values: Values) -> None:
-        """Set values of biases that `adapter` owns."""
-        for name, value in values.items():
-            current = self.of(adapter)[name]
-            current.copy_(value.to(current.dtype))
-
     def drop(self, adapter: str) -> None:
         """Forget the values of `adapter`; the caller then shows what is left."""
         for name in self.values.pop(adapter, {}):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lamina.engine.inject import strip
-from lamina.engine.layers import LoraLayer, lora_layers, saved_modules
+from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
@@ -219,9 +219,3 @@ def unload(model: nn.Module, state: AdapterState) -> nn.Module:
     unfold(model)
     state.biases.show(())
     return strip(model, keep_saved=False)
-
-
-def has_saved_modules(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether any of these adapters has a module of its own (`modules_to_save`)."""
-    wanted = set(names)
-    return any(wanted & set(wrapper.modules_to_save) for _, wrapper in saved_modules(model))

@@ -82,6 +82,8 @@ def _save_module(
 
 def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Parameter]:
     """The base's biases that `bias=which` means, by their plain names."""
+    if which == "none":
+        return {}
     found: dict[str, nn.Parameter] = {}
     whole: list[str] = []
     for place in places(model):
@@ -89,7 +91,7 @@ def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Par
             # The copy that is trained in its place has biases of its own.
             whole.append(place.name)
         bias = place.original._parameters.get("bias")
-        if bias is None or which == "none" or any(within(place.name, outer) for outer in whole):
+        if bias is None or any(within(place.name, outer) for outer in whole):
             continue
         known = any(bias is other for other in found.values())
         if not known and (which == "all" or place.name in adapted):

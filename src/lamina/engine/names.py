@@ -85,6 +85,15 @@ def _join(name: str, child: str, parent: nn.Module) -> str:
     return f"{name}.{child}" if name else child
 
 
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """All adapted layers with their plain names; a layer used twice comes once."""
+    seen: set[int] = set()
+    for place in places(model):
+        if isinstance(place.module, LoraLayer) and id(place.module) not in seen:
+            seen.add(id(place.module))
+            yield place.name, place.module
+
+
 def suffixes(name: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`: what may be written to mean a module."""
     while name:

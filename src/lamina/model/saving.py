@@ -12,7 +12,8 @@ import torch
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots, taken
 from lamina.config import ALL_LINEAR, LoraConfig
-from lamina.engine.layers import Linear, ModulesToSaveWrapper, lora_layers
+from lamina.engine.layers import ModulesToSaveWrapper, lora_layers
+from lamina.engine.layers.linear import store_in_by_out
 from lamina.engine.names import places
 from lamina.engine.targets import spell, spell_saved
 from lamina.errors import CheckpointError
@@ -77,8 +78,7 @@ def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
     config.inference_mode = True
     base = model.get_base_model()
     layers = [layer for _, layer in lora_layers(base) if name in layer.records]
-    linear = [layer for layer in layers if isinstance(layer, Linear)]
-    config.fan_in_fan_out = bool(linear) and all(layer.fan_in_fan_out for layer in linear)
+    config.fan_in_fan_out = store_in_by_out(layers)
     everything = list(places(base))
     whole = {
         place.name

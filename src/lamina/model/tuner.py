@@ -44,8 +44,6 @@ class LoraModel(nn.Module):
         for name, each in configs.items():
             if each is not None:
                 self.add(name, each, initialise=not low_cpu_mem_usage)
-        self.adapter_state.activate(list(self.adapter_state.configs)[:1])
-        apply_trainability(self.model, self.adapter_state)
 
     def add(
         self,

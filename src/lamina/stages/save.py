@@ -19,8 +19,9 @@ from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.record import Lamina, Stage, StageRecord
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
-from lamina.engine.layers import lora_layers
-from lamina.engine.names import places
+from lamina.engine.layers import LayerAdapter
+from lamina.engine.layers.linear import store_in_by_out
+from lamina.engine.names import adapted_layers
 from lamina.errors import StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
@@ -62,9 +63,7 @@ def save_stage(
         _newest_part(model, context),
     ]
     newest = parts[-1]
-    scaling = newest.config.lora_alpha / (
-        math.sqrt(newest.config.r) if newest.config.use_rslora else newest.config.r
-    )
+    scaling = LayerAdapter.of(newest.config, newest.config.r, newest.config.lora_alpha).scaling
     wholes = put_together(parts, scaling)
     saved, biases, others = _others(model, context)
     record = _record(context, parts, saved, biases, metrics, data)
@@ -79,8 +78,9 @@ def save_stage(
     config.base_model_name_or_path = context.base.name_or_path
     if config.task_type is None:
         config.auto_mapping = base_class(model.get_base_model())
-    embeddings = _embeddings(model)
-    config.fan_in_fan_out = _fan_in_fan_out(model)
+    layers = dict(adapted_layers(model.get_base_model()))
+    embeddings = {module for module, layer in layers.items() if layer.is_embedding}
+    config.fan_in_fan_out = store_in_by_out(layers.values())
     if config.bias == "lora_only":
         others = {**_untrained_biases(model), **others}
     tensors = {**to_tensors(wholes, embeddings), **others}
@@ -98,7 +98,7 @@ def _check_whole(model: PeftModel, context: StageContext) -> None:
             f"{' -> '.join(adapters)}.",
             cure="begin the stage again; to turn an older adapter off, use set_adapter",
         )
-    if not any(True for _ in lora_layers(model.get_base_model())):
+    if not any(True for _ in adapted_layers(model.get_base_model())):
         raise StageError(
             "The model's adapters were taken out (merge_and_unload or unload); nothing is left to "
             "save as a stage.",
@@ -136,13 +136,13 @@ def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
 def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
     config = cast(LoraConfig, PeftConfig.from_dict(lamina.config))
     factors = {}
-    for path, layer in lora_layers(model.get_base_model()):
+    for module, layer in adapted_layers(model.get_base_model()):
         record = layer.records.get(adapter)
         if record is None:
             continue
         a, b = layer.factors(adapter)
         bias = layer.tensors(adapter).get("lora_B.bias")
-        factors[_plain(path)] = Factors(
+        factors[module] = Factors(
             a.detach(), b.detach(), record.scaling, None if bias is None else bias.detach()
         )
     return Part(lamina, config, factors)
@@ -150,16 +150,12 @@ def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
 
 def _newest_part(model: PeftModel, context: StageContext) -> Part:
     ranks = {
-        _plain(path): layer.records[context.name].r
-        for path, layer in lora_layers(model.get_base_model())
+        module: layer.records[context.name].r
+        for module, layer in adapted_layers(model.get_base_model())
         if context.name in layer.records
     }
     lamina = Lamina(stage=context.name, config=dict(context.config), ranks=ranks)
     return _part(model, context.name, lamina)
-
-
-def _plain(path: str) -> str:
-    return path.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
 def _others(
@@ -184,13 +180,11 @@ def _others(
 
 def _untrained_biases(model: PeftModel) -> dict[str, Any]:
     """The biases of all adapted layers: "lora_only" means every one of them to a reader."""
-    layers = lora_layers(model.get_base_model())
-    biases = {
-        _plain(path): layer.get_base_layer()._parameters.get("bias") for path, layer in layers
-    }
+    layers = adapted_layers(model.get_base_model())
+    biases = {module: layer.get_base_layer()._parameters.get("bias") for module, layer in layers}
     return {
-        f"{PREFIX}{path}.base_layer.bias": bias.detach()
-        for path, bias in biases.items()
+        f"{PREFIX}{module}.base_layer.bias": bias.detach()
+        for module, bias in biases.items()
         if bias is not None
     }
 
@@ -229,16 +223,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _embeddings(model: PeftModel) -> set[str]:
-    base = model.get_base_model()
-    return {_plain(path) for path, layer in lora_layers(base) if layer.is_embedding}
-
-
-def _fan_in_fan_out(model: PeftModel) -> bool:
-    flags = [
-        getattr(place.module, "fan_in_fan_out", None) for place in places(model.get_base_model())
-    ]
-    known = [flag for flag in flags if isinstance(flag, bool)]
-    return bool(known) and all(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ class Linear(LoraLayer):
         a, b = self.factors(adapter)
         delta = lora_linear_delta(a, b, self.records[adapter].scaling)
         return delta.T if self.fan_in_fan_out else delta
+
+
+def store_in_by_out(layers: Iterable[LoraLayer]) -> bool:
+    """Whether the linear ones among these layers store their weights (in x out), if there are any.
+
+    That is what `fan_in_fan_out` says in a config.
+    """
+    linear = [layer for layer in layers if isinstance(layer, Linear)]
+    return bool(linear) and all(layer.fan_in_fan_out for layer in linear)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
