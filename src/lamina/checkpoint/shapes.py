@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, split_key
+from lamina.config.patterns import first_match
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,9 @@ def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorSh
 
 def scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r` of a module by its config's patterns, or `alpha / sqrt(r)` with rsLoRA."""
-    alpha = float(config.get("lora_alpha") or 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
+    alpha = first_match(
+        config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or 8)
+    )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.config.patterns import matching
 from lamina.engine.conflicts import conflicts
 from lamina.engine.faults import plan_error, silent_patterns, unsupported
 from lamina.engine.init import initialisation
@@ -190,12 +191,12 @@ class _Finder:
 
     def _lookup(self, field: str, name: str, default: float) -> float:
         table: dict[str, float] = getattr(self.config, field)
-        matching = _matching(table, name)
-        if not matching:
+        found = matching(table, name)
+        if not found:
             return default
-        self.used[field].add(matching[0])
-        self.shadowed[field].update(matching[1:])
-        return table[matching[0]]
+        self.used[field].add(found[0])
+        self.shadowed[field].update(found[1:])
+        return table[found[0]]
 
     def faults(self, *, strict: bool) -> list[str]:
         """Everything that is wrong, apart from what can't be adapted."""
@@ -228,20 +229,6 @@ class _Finder:
             return []
         have = f"0 to {max(self.layer_indices)}" if self.layer_indices else "no numbered layers"
         return [f"layers_to_transform has {silent}; the targets lie in layers {have}"]
-
-
-def _matching(patterns: Iterable[str], name: str) -> list[str]:
-    return [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
-
-
-def numbers(config: LoraConfig, name: str) -> tuple[int, float]:
-    """(r, lora_alpha) that a config gives the module of that plain name."""
-    ranks = _matching(config.rank_pattern, name)
-    alphas = _matching(config.alpha_pattern, name)
-    return (
-        config.rank_pattern[ranks[0]] if ranks else config.r,
-        config.alpha_pattern[alphas[0]] if alphas else config.lora_alpha,
-    )
 
 
 def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
@@ -314,7 +301,6 @@ __all__ = [
     "head_names",
     "layer_index",
     "make_plan",
-    "numbers",
     "spell",
     "spell_saved",
     "usual_targets",

@@ -11,10 +11,9 @@ import torch
 from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, record_of, split_key
 from lamina.checkpoint.record import Lamina, StageRecord
-from lamina.config import LoraConfig, PeftConfig
+from lamina.config import LoraConfig, PeftConfig, numbers
 from lamina.engine.compose import Factors, concatenate, separate
 from lamina.engine.layers import LayerAdapter
-from lamina.engine.targets import numbers
 from lamina.errors import CheckpointError
 
 

@@ -1,0 +1,113 @@
+"""What can be wrong with the values of a config, a line for each fault."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+
+def faults_of_numbers(config: Any) -> list[str]:
+    """Faults of ranks, alphas and the dropout."""
+    faults = []
+    ranks = {"r": config.r, **{f"rank_pattern[{k!r}]": v for k, v in _items(config.rank_pattern)}}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            faults.append(f"{name}={rank!r}: a rank is a positive integer")
+    alphas = {f"alpha_pattern[{k!r}]": v for k, v in _items(config.alpha_pattern)}
+    for name, alpha in {"lora_alpha": config.lora_alpha, **alphas}.items():
+        if not _is_number(alpha) or alpha == 0 or not math.isfinite(alpha):
+            faults.append(f"{name}={alpha!r}: a number other than 0 (0 would switch LoRA off)")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        faults.append(f"lora_dropout={config.lora_dropout!r}: a probability from 0 to below 1")
+    return faults
+
+
+def faults_of_choices(config: Any) -> list[str]:
+    """Faults of what is chosen from a list, and of names."""
+    faults = []
+    if config.bias not in ("none", "all", "lora_only"):
+        faults.append(f"bias={config.bias!r}: one of 'none', 'all', 'lora_only'")
+    for name in ("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"):
+        if not isinstance(getattr(config, name), bool):
+            faults.append(f"{name}={getattr(config, name)!r}: True or False")
+    if not isinstance(config.init_lora_weights, (bool, str)):
+        faults.append(f"init_lora_weights={config.init_lora_weights!r}: True, False or a name")
+    elif config.lora_bias and isinstance(config.init_lora_weights, str):
+        # PEFT would not open the file.
+        faults.append("lora_bias=True goes with init_lora_weights=True or False only")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, name)
+        if isinstance(value, str) and name != "layers_pattern":
+            faults.extend(_regex_faults(name, value))
+        elif value is not None and not _is_names(value) and not isinstance(value, str):
+            faults.append(f"{name}={value!r}: a string or a list of strings")
+    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
+        faults.append(f"modules_to_save={config.modules_to_save!r}: a list of strings")
+    return faults + faults_of_patterns(config)
+
+
+def faults_of_patterns(config: Any) -> list[str]:
+    """Faults of the two tables of patterns."""
+    faults = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        table = getattr(config, name)
+        if table is not None and not isinstance(table, dict):
+            faults.append(f"{name}={table!r}: a dict from names to numbers")
+        for key, _ in _items(table):
+            faults.extend(_regex_faults(f"{name}[{key!r}]", key))
+    return faults
+
+
+def faults_of_targets(config: Any) -> list[str]:
+    """Faults of what says which layers are adapted."""
+    faults = []
+    if not _is_indices(config.layers_to_transform):
+        faults.append(
+            f"layers_to_transform={config.layers_to_transform!r}: an index from 0 up, or a list"
+        )
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) not in (None, [], "", ()):
+                faults.append(f"{name} can't be combined with a string as target_modules")
+    if config.layers_pattern and config.layers_to_transform is None:
+        faults.append("layers_pattern says where layers are, layers_to_transform which: set it")
+    if config.target_modules is not None and not config.target_modules:
+        faults.append("target_modules is empty; leave it at None for the usual ones")
+    return faults
+
+
+def _items(pattern: Any) -> list[tuple[str, Any]]:
+    return list(pattern.items()) if isinstance(pattern, dict) else []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(name, str) for name in value
+    )
+
+
+def _is_indices(value: object) -> bool:
+    indices = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or all(
+        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices
+    )
+
+
+def _regex_faults(name: str, pattern: object) -> list[str]:
+    if not isinstance(pattern, str):
+        return [f"{name}: {pattern!r} is not a string"]
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name}: {pattern!r} is not a regular expression: {error}"]
+    return []
+
+
+def is_off(value: object) -> bool:
+    """Whether a field's value means that its feature isn't asked for."""
+    return value is None or value is False or value in ({}, [], ())

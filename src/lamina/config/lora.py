@@ -1,0 +1,170 @@
+"""`LoraConfig`: how an adapter of low rank is laid over a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamina.config import methods
+from lamina.config.base import PeftConfig, PeftType
+from lamina.config.checks import (
+    faults_of_choices,
+    faults_of_numbers,
+    faults_of_targets,
+    is_off,
+)
+from lamina.config.support import NOT_SUPPORTED
+from lamina.errors import ConfigError, UnsupportedFieldError
+
+ALL_LINEAR = "all-linear"
+
+_METHODS: dict[str, type[methods.MethodConfig]] = {
+    "eva_config": methods.EvaConfig,
+    "corda_config": methods.CordaConfig,
+    "lora_ga_config": methods.LoraGAConfig,
+    "velora_config": methods.VeloraConfig,
+    "monteclora_config": methods.MontecloraConfig,
+    "use_bdlora": methods.BdLoraConfig,
+    "arrow_config": methods.ArrowConfig,
+    "kasa_config": methods.KasaConfig,
+    "runtime_config": methods.LoraRuntimeConfig,
+}
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """How an adapter of low rank is laid over a model: `W' = W + scaling * B @ A`.
+
+    `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+
+    Args:
+        r: the rank of A (r x in) and B (out x r).
+        lora_alpha: the numerator of the scaling.
+        lora_dropout: probability in [0, 1) of dropping an input of A, while training only.
+        target_modules: names (whole, or their last components), one regular expression for the
+            whole name, or "all-linear"; None takes what is usual for the architecture.
+        exclude_modules: names or one regular expression, never adapted.
+        layers_to_transform: indices of the layers to adapt; None adapts all.
+        layers_pattern: the name of the list of layers, where it can't be told from the names.
+        rank_pattern: name or regular expression -> r, where it differs.
+        alpha_pattern: name or regular expression -> lora_alpha, where it differs.
+        bias: the biases trained along: "none", "all", or those of adapted layers ("lora_only").
+        use_rslora: scale by the root of the rank. Source: arXiv:2312.03732.
+        lora_bias: give B a bias of its own.
+        fan_in_fan_out: the weight is stored (in x out); found out by itself for `Conv1D`.
+        modules_to_save: modules trained whole and saved with the adapter, such as a new head.
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero) or False
+            (both random: for tests, since the adapter then changes the model from the start).
+
+    Raises:
+        ConfigError: one error with everything that is wrong.
+        UnsupportedFieldError: a field asks for a feature that is not supported.
+
+    Source: LoRA, arXiv:2106.09685.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: methods.LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: methods.EvaConfig | dict[str, Any] | None = None
+    corda_config: methods.CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: methods.LoraGAConfig | dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: methods.VeloraConfig | dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: methods.MontecloraConfig | dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    # Not shown and not saved: it concerns this process only.
+    runtime_config: methods.LoraRuntimeConfig | dict[str, Any] = field(
+        default_factory=methods.LoraRuntimeConfig, repr=False
+    )
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: methods.BdLoraConfig | dict[str, Any] | None = None
+    arrow_config: methods.ArrowConfig | dict[str, Any] | None = None
+    kasa_config: methods.KasaConfig | dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.LORA
+        self._refuse_unsupported()
+        self._method_faults = self._build_methods()
+        super().__post_init__()
+        del self._method_faults
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+
+    def _refuse_unsupported(self) -> None:
+        asked = [name for name in NOT_SUPPORTED if not is_off(getattr(self, name))]
+        if asked:
+            raise UnsupportedFieldError(
+                f"{len(asked)} field(s) ask for something that Lamina doesn't do yet.",
+                faults=[f"{name}={getattr(self, name)!r}" for name in asked],
+                cure="leave them at their defaults; they are refused rather than ignored",
+            )
+
+    def _build_methods(self) -> list[str]:
+        """Turn the dicts that a file holds into settings; a line for each value that is wrong."""
+        if isinstance(self.loftq_config, methods.LoftQConfig):
+            self.loftq_config = dict(vars(self.loftq_config))
+        self.loftq_config = self.loftq_config or {}
+        faults = []
+        for name, kind in _METHODS.items():
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                if value is not None and not isinstance(value, kind):
+                    faults.append(f"{name}={value!r}: a {kind.__name__} or a dict of its fields")
+                continue
+            try:
+                setattr(self, name, _method(kind, value))
+            except ConfigError as error:
+                faults += [f"{name}: {fault}" for fault in error.faults]
+        return faults
+
+    def _faults(self) -> list[str]:
+        return [
+            *super()._faults(),
+            *self._method_faults,
+            *faults_of_numbers(self),
+            *faults_of_choices(self),
+            *faults_of_targets(self),
+        ]
+
+
+def _method(kind: type[methods.MethodConfig], values: dict[str, Any]) -> methods.MethodConfig:
+    """The settings that a dict describes, fields that are set later included."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    strange = [f"{name!r} is no setting of {kind.__name__}" for name in values.keys() - fields]
+    if strange:
+        raise ConfigError(f"This {kind.__name__} has unknown settings.", faults=strange)
+    built = kind(**{name: value for name, value in values.items() if fields[name].init})
+    for name, value in values.items():
+        setattr(built, name, value)
+    return built
+
+
+PeftConfig._kinds[PeftType.LORA.value] = LoraConfig

@@ -1,0 +1,24 @@
+"""The fields of `LoraConfig` whose feature doesn't exist here: refused by name, never ignored."""
+
+from __future__ import annotations
+
+# The value that means "off" is the field's default.
+NOT_SUPPORTED = (
+    "megatron_config",
+    "trainable_token_indices",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)
