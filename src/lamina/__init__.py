@@ -19,6 +19,7 @@ from lamina.errors import (
     LaminaError,
     MissingExtraError,
     MissingFileError,
+    OptimizerError,
     PreflightError,
     RecordError,
     StageError,
@@ -62,6 +63,11 @@ if TYPE_CHECKING:
         preflight,
         set_peft_model_state_dict,
     )
+    from lamina.optim import (
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+        create_riemannian_optimizer,
+    )
     from lamina.stages import (
         begin_stage,
         lineage,
@@ -88,6 +94,7 @@ __all__ = [
     "LoraModel",
     "MissingExtraError",
     "MissingFileError",
+    "OptimizerError",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -107,6 +114,9 @@ __all__ = [
     "__version__",
     "begin_stage",
     "check_gradients",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "find_all_linear_names",
     "get_layer_status",
     "get_model_status",
@@ -124,6 +134,11 @@ __all__ = [
 _ELSEWHERE = {
     "lamina.config": {"LoraConfig", "PeftConfig", "PeftType", "TaskType"},
     "lamina.engine.targets": {"find_all_linear_names"},
+    "lamina.optim": {
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+        "create_riemannian_optimizer",
+    },
     "lamina.stages": {"begin_stage", "lineage", "load", "save_stage"},
 }
 

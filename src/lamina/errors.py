@@ -53,6 +53,10 @@ class TargetError(LaminaError, ValueError):
     """A pattern matches nothing, or the targets can't be adapted."""
 
 
+class UnsupportedMethodError(LaminaError, NotImplementedError):
+    """A method of adapting models that is not LoRA was asked for."""
+
+
 class UnsupportedTargetError(TargetError):
     """A pattern hits modules that have no weights to adapt, or weights of an unknown kind."""
 
@@ -95,6 +99,10 @@ class StageError(LaminaError, ValueError):
 
 class PreflightError(LaminaError, RuntimeError):
     """Training would run, and train nothing or the wrong thing."""
+
+
+class OptimizerError(LaminaError, ValueError, TypeError):
+    """An optimizer can't be made, stepped or restored as asked."""
 
 
 class MissingExtraError(LaminaError, ImportError):
