@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamina._version import __version__
+from lamina.cli.as_peft import PASS_ON, as_peft
 from lamina.cli.demo import demo
 from lamina.cli.env import env
 from lamina.cli.inspect import inspect
@@ -63,6 +64,7 @@ def _root(
 
 for _verb in (demo, inspect, lineage, targets, merge, env):
     app.command()(_verb)
+app.command("as-peft", context_settings=PASS_ON)(as_peft)
 
 
 def main() -> None:

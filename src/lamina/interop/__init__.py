@@ -1,0 +1,1 @@
+"""Lamina in the place of other libraries."""

@@ -1,0 +1,52 @@
+"""The facades as peft has them: Lamina's, with peft's semantics where they differ."""
+
+from __future__ import annotations
+
+from lamina import model as native
+from lamina.interop.peft.facade import PeftModel
+
+__all__ = [
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+]
+
+
+class PeftModelForCausalLM(PeftModel, native.PeftModelForCausalLM):
+    """For models that continue text."""
+
+    native = native.PeftModelForCausalLM
+
+
+class PeftModelForSequenceClassification(PeftModel, native.PeftModelForSequenceClassification):
+    """For models that classify whole texts."""
+
+    native = native.PeftModelForSequenceClassification
+
+
+class PeftModelForTokenClassification(PeftModel, native.PeftModelForTokenClassification):
+    """For models that classify tokens."""
+
+    native = native.PeftModelForTokenClassification
+
+
+class PeftModelForQuestionAnswering(PeftModel, native.PeftModelForQuestionAnswering):
+    """For models that find spans."""
+
+    native = native.PeftModelForQuestionAnswering
+
+
+class PeftModelForSeq2SeqLM(PeftModel, native.PeftModelForSeq2SeqLM):
+    """For encoder-decoder models that write text."""
+
+    native = native.PeftModelForSeq2SeqLM
+
+
+class PeftModelForFeatureExtraction(PeftModel, native.PeftModelForFeatureExtraction):
+    """For models whose hidden states are used."""
+
+    native = native.PeftModelForFeatureExtraction
