@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine import fold
+from lamina.engine.combine import Settings
 from lamina.engine.inject import delete_adapter, inject
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import (
@@ -16,6 +17,7 @@ from lamina.engine.trainability import (
     apply_trainability,
     live_adapters,
 )
+from lamina.model.combining import CombineReport, add_weighted_adapter
 
 
 class LoraModel(nn.Module):
@@ -87,6 +89,61 @@ class LoraModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         delete_adapter(self.model, adapter_name, self.adapter_state)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> CombineReport:
+        """Add a frozen, inactive adapter made of others: `sum_i w_i * s_i * B_i @ A_i`.
+
+        `cat` is exact, its rank the sum of the ranks; so is `svd` where the rank suffices. The
+        others approximate, and the report says by how much, in each layer and over all. `linear`,
+        `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` treat A and B each for itself, so
+        that every A meets every B: mostly a rough approximation.
+
+        One adapter with the weight 1 (and the density 1) gives its own update back. With a
+        density below 1 the method prunes it as it does several. Where an adapter doesn't adapt a
+        layer, it counts as zero there. Each layer has a rank of its own. DoRA and other updates
+        that are not `scaling * B @ A` are taken by `svd` and the methods that end in `_svd`, and
+        refused by the others. Biases are summed exactly; a module that one of the adapters has
+        trained whole is copied.
+
+        Args:
+            adapters: the names of those to combine.
+            weights: one for each; negative takes away.
+            adapter_name: of the new one.
+            combination_type: one of `lamina.engine.combine.METHODS`.
+            svd_rank: the rank of methods with `svd`; None takes a layer's largest.
+            svd_clamp: factors from a decomposition are clamped to plus and minus this quantile.
+            svd_full_matrices: accepted; it makes no difference to the result.
+            svd_driver: the cuSOLVER routine, on CUDA.
+            density: the share of entries that `ties`, `dare` and `magnitude_prune` keep.
+            majority_sign_method: how `ties` elects signs: by "total" or "frequency".
+
+        Raises:
+            ConfigError, AdapterNameError: with all that is wrong; nothing has been changed.
+
+        Sources: TIES-Merging, arXiv:2306.01708; DARE, arXiv:2311.03099.
+        """
+        settings = Settings(svd_rank, density, majority_sign_method, svd_clamp, svd_driver)
+        return add_weighted_adapter(
+            self.model,
+            self.adapter_state,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            settings,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output."""

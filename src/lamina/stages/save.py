@@ -19,6 +19,7 @@ from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.record import Lamina, Stage, StageRecord
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
+from lamina.engine.flat_config import flat_config
 from lamina.engine.layers import LayerAdapter
 from lamina.engine.layers.linear import store_in_by_out
 from lamina.engine.names import adapted_layers
@@ -26,7 +27,6 @@ from lamina.errors import StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
 from lamina.stages.context import StageContext, context_of
-from lamina.stages.flat_config import flat_config
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.storage.atomic import atomic_directory
 

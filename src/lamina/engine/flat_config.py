@@ -1,4 +1,4 @@
-"""The config of a laminated file: one that every PEFT reader takes to mean exactly these ranks."""
+"""A config for given total ranks: one that every PEFT reader takes to mean exactly these."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def flat_config(
         )
         if _means(model, config, ranks, scaling):
             return config
-    raise StageError("No adapter config describes this chain; please report the model.")
+    raise StageError("No adapter config describes these ranks; please report the model.")
 
 
 def _rank_patterns(ranks: Mapping[str, int], *, escape: bool) -> dict[str, int]:
