@@ -9,12 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.biases import TrainedBiases
 from lamina.errors import AdapterNameError, nearest
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a single layer was told, apart from the shared state.
+
+    Attributes:
+        active: the adapters that are active there.
+        disabled: whether they are switched off there.
+        trainable: the adapters that were made trainable by it.
+    """
+
+    active: tuple[str, ...]
+    disabled: bool
+    trainable: frozenset[str]
+
+
+class Member(Protocol):
+    """A layer that reads the state."""
+
+    override: Override | None
 
 
 @dataclass(eq=False)
@@ -29,6 +52,8 @@ class AdapterState:
         disabled: True inside `disable_adapter()`: the model answers as its base.
         biases: the base's biases that adapters have trained along.
         folded_layers: how many layers have adapters folded in; which ones, the layers know.
+        members: the layers that read this state.
+        overridden: how many of them were told something else, one by one.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -37,6 +62,15 @@ class AdapterState:
     disabled: bool = False
     biases: TrainedBiases = field(default_factory=TrainedBiases)
     folded_layers: int = 0
+    members: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
+    overridden: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak set can't be pickled.
+        return {**self.__dict__, "members": list(self.members)}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, members=WeakSet(values["members"]))
 
     @property
     def contributing(self) -> tuple[str, ...]:
@@ -46,7 +80,26 @@ class AdapterState:
     def activate(self, names: Iterable[str]) -> None:
         """Let these adapters, and no others, take part in the forward, in this order."""
         self.active = self.check_known(names)
+        self.drop_overrides()
         self.show_biases()
+
+    def override(self, member: Member, told: Override) -> None:
+        """Let one layer differ from the shared state; what all are told becomes the state."""
+        if member.override is None:
+            self.overridden += 1
+        member.override = told
+        if self.overridden < len(self.members) or any(m.override != told for m in self.members):
+            return
+        self.active = tuple(name for name in told.active if name in self.configs)
+        self.disabled, self.trainable = told.disabled, told.trainable
+        self.drop_overrides()
+        self.show_biases()
+
+    def drop_overrides(self) -> None:
+        """Let all layers follow the shared state again."""
+        for member in self.members if self.overridden else ():
+            member.override = None
+        self.overridden = 0
 
     def show_biases(self) -> None:
         """Put the biases into the model that go with what contributes now."""
@@ -67,6 +120,7 @@ class AdapterState:
         if self.active == (name,):
             self.active = tuple(self.configs)[:1]
         self.active = tuple(other for other in self.active if other != name)
+        self.drop_overrides()
         self.biases.drop(name)
         self.show_biases()
 

@@ -177,16 +177,26 @@ class _Finder:
             return None
         r = int(self._lookup("rank_pattern", place.name, self.config.r))
         alpha = self._lookup("alpha_pattern", place.name, self.config.lora_alpha)
-        self._check_layer(place, kind, r)
-        return LayerPlan(place.name, kind, LayerAdapter.of(self.config, r, alpha))
+        record = LayerAdapter.of(self.config, r, alpha, place.name)
+        self._check_layer(place, kind, record)
+        return LayerPlan(place.name, kind, record)
 
-    def _check_layer(self, place: Place, kind: type[LoraLayer], r: int) -> None:
+    def _check_layer(self, place: Place, kind: type[LoraLayer], record: LayerAdapter) -> None:
         groups = getattr(place.original, "groups", 1)
-        if r % groups:
+        if record.r % groups:
             self.other_faults.append(
-                f"{place.name} is a convolution with {groups} groups, which don't divide r={r}"
+                f"{place.name} is a convolution with {groups} groups, which don't divide "
+                f"r={record.r}"
             )
-        if kind.is_embedding and self.config.lora_bias:
+        if kind.kind not in initialisation(self.config.init_lora_weights).kinds:
+            self.other_faults.append(
+                f"init_lora_weights={self.config.init_lora_weights!r} is not made for "
+                f"{kind.kind} layers such as {place.name}"
+            )
+        reason = record.variant.why_not(kind.kind, place.original, self.config, place.name)
+        if reason:
+            self.other_faults.append(f"{place.name}: {reason}")
+        if kind.kind == "embedding" and self.config.lora_bias:
             self.other_faults.append(f"{place.name} is an embedding, which can't have a lora_bias")
 
     def _lookup(self, field: str, name: str, default: float) -> float:

@@ -18,15 +18,10 @@ def adapter_parameters(
     model: nn.Module, adapters: Collection[str] | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """(adapter, parameter) for every parameter of these adapters (None: all), without biases."""
-    for _, layer in lora_layers(model):
-        for name in layer.records if adapters is None else layer.records.keys() & adapters:
-            for parameter in layer.tensors(name).values():
-                yield name, parameter
-    for _, wrapper in saved_modules(model):
-        for name, module in wrapper.modules_to_save.items():
-            if adapters is not None and name not in adapters:
-                continue
-            for parameter in module.parameters():
+    for _, holder in (*lora_layers(model), *saved_modules(model)):
+        names = holder.own_adapters()
+        for name in names if adapters is None else set(names) & set(adapters):
+            for parameter in holder.trained_parameters(name):
                 yield name, parameter
 
 

@@ -10,31 +10,36 @@ import math
 import torch
 from torch import nn
 
+from lamina.engine.init.base import Begun
 
-def kaiming(A_RI: torch.Tensor, B_OR: torch.Tensor, is_embedding: bool) -> None:
+
+def kaiming(layer: Begun, adapter: str) -> None:
     """A uniform in +-1/sqrt(in), B zero. An embedding: A zero, B standard normal.
 
     Source: arXiv:2106.09685 and its reference implementation.
     """
-    if is_embedding:
+    A_RI, B_OR = layer.factors(adapter)
+    if layer.is_embedding:
         _embedding(A_RI, B_OR)
         return
     nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
     nn.init.zeros_(B_OR)
 
 
-def gaussian(A_RI: torch.Tensor, B_OR: torch.Tensor, is_embedding: bool) -> None:
+def gaussian(layer: Begun, adapter: str) -> None:
     """A normal with standard deviation 1/r, B zero."""
-    if is_embedding:
+    A_RI, B_OR = layer.factors(adapter)
+    if layer.is_embedding:
         _embedding(A_RI, B_OR)
         return
     nn.init.normal_(A_RI, std=1 / A_RI.shape[0])
     nn.init.zeros_(B_OR)
 
 
-def random(A_RI: torch.Tensor, B_OR: torch.Tensor, is_embedding: bool) -> None:
+def random(layer: Begun, adapter: str) -> None:
     """Both random, so that the adapter changes the model from the start; for tests."""
-    if is_embedding:
+    A_RI, B_OR = layer.factors(adapter)
+    if layer.is_embedding:
         nn.init.normal_(A_RI)
         nn.init.normal_(B_OR)
         return

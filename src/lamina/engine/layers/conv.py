@@ -21,6 +21,7 @@ class _ConvNd(LoraLayer):
     Stride, padding, dilation and padding mode of A are the base's.
     """
 
+    kind = "conv"
     dimensions: int
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
@@ -48,10 +49,13 @@ class _ConvNd(LoraLayer):
             record.r, base.out_channels, 1, groups=base.groups, bias=record.lora_bias, **options
         )
 
-    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
-        dropped = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
-        update: torch.Tensor = self.lora_B[adapter](a(dropped))
+        dropped: torch.Tensor = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
+        return dropped
+
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        update: torch.Tensor = self.lora_B[adapter](self.lora_A[adapter](x))
         return update * self.records[adapter].scaling
 
     def delta_weight(self, adapter: str) -> torch.Tensor:

@@ -20,15 +20,12 @@ class Embedding(LoraLayer):
     """
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
-    is_embedding = True
+    kind = "embedding"
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(base_layer, state)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
-        # Code in the wild asks every layer for these.
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
 
     def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
         vocabulary, dim = self.base_layer.num_embeddings, self.base_layer.embedding_dim
@@ -39,17 +36,10 @@ class Embedding(LoraLayer):
                 torch.empty(shape, device="meta", dtype=dtype)
             )
 
-    def _factor_leaves(self) -> tuple[str, ...]:
-        return self.factor_names
+    def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        return x
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
-        return {place: getattr(self, place)[name] for place in self.factor_names}
-
-    def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
-        grad = getattr(self, leaf)[name].requires_grad
-        getattr(self, leaf)[name] = nn.Parameter(value, requires_grad=grad)
-
-    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a, b = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
         base = self.base_layer
         # Not with the base's max_norm: torch would shrink A itself, in place. Nor with its sparse:

@@ -28,11 +28,15 @@ class Linear(LoraLayer):
         self.lora_A[name] = _bare_linear(self.in_features, record.r, False, dtype)
         self.lora_B[name] = _bare_linear(record.r, self.out_features, record.lora_bias, dtype)
 
-    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        a: Any = self.lora_A[adapter]
+        dropped: torch.Tensor = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
+        return dropped
+
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
         b: Any = self.lora_B[adapter]
-        dropped = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
-        return lora_linear(dropped, a.weight, b.weight, b.bias, self.records[adapter].scaling)
+        return lora_linear(x, a.weight, b.weight, b.bias, self.records[adapter].scaling)
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         a, b = self.factors(adapter)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from lamina.engine.layers.switching import Switched
 from lamina.engine.state import AdapterState
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Switched):
     """A module and a trained copy of it for each adapter that asked for one.
 
     The forward takes the copy of the last contributing adapter that has one, else the original.
     """
 
     def __init__(self, module_to_save: nn.Module, state: AdapterState) -> None:
-        super().__init__()
+        super().__init__(state)
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
-        self.adapter_state = state
         self.train(module_to_save.training)
 
     def add_adapter(self, name: str) -> None:
@@ -34,7 +35,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def effective(self) -> nn.Module:
         """The module that the forward takes."""
-        for name in reversed(self.adapter_state.contributing):
+        for name in reversed(self.contributing_names()):
             if name in self.modules_to_save:
                 return self.modules_to_save[name]
         return self.original_module
@@ -57,10 +58,11 @@ class ModulesToSaveWrapper(nn.Module):
         """What the effective module gives."""
         return self.effective()(*args, **kwargs)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that are active in the model."""
-        return list(self.adapter_state.active)
+    def own_adapters(self) -> Collection[str]:
+        return self.modules_to_save.keys()
+
+    def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        return self.modules_to_save[name].parameters()
 
     @property
     def weight(self) -> torch.Tensor:

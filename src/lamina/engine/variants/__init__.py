@@ -15,6 +15,7 @@ from lamina.engine.variants.plain import PlainLora
 __all__ = ["PlainLora", "Variant", "register", "variant_for"]
 
 _VARIANTS: list[tuple[Callable[[LoraConfig], bool], Variant]] = []
+_PLAIN = PlainLora()
 
 
 def register(means: Callable[[LoraConfig], bool], variant: Variant) -> None:
@@ -24,4 +25,4 @@ def register(means: Callable[[LoraConfig], bool], variant: Variant) -> None:
 
 def variant_for(config: LoraConfig) -> Variant:
     """The variant that a config means."""
-    return next((variant for means, variant in _VARIANTS if means(config)), PlainLora())
+    return next((variant for means, variant in _VARIANTS if means(config)), _PLAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,8 +41,20 @@ class BaseWeight(ABC):
 
     @abstractmethod
     def read(self) -> torch.Tensor:
-        """The dense values as they are stored; not a copy, so don't write into it."""
+        """The dense values in a floating dtype; not a copy where they are stored so: don't write.
+
+        Raises:
+            FoldError: only the layer itself can read them.
+        """
 
     @abstractmethod
-    def swap(self, values: torch.Tensor) -> torch.Tensor:
-        """Store `values`, rounded once to the stored dtype, and return what was stored."""
+    def swap(self, values: torch.Tensor) -> Any:
+        """Store `values`, rounded once to what is stored, and return what was, for `restore`."""
+
+    @abstractmethod
+    def restore(self, stored: Any) -> None:
+        """Put back, bit for bit, what `swap` returned."""
+
+    @abstractmethod
+    def values_of(self, stored: Any) -> torch.Tensor:
+        """The dense values of what `swap` returned."""

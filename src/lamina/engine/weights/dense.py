@@ -46,3 +46,10 @@ class DenseWeight(BaseWeight):
         before = self.parameter.data
         self.parameter.data = values.to(device=before.device, dtype=before.dtype)
         return before
+
+    def restore(self, stored: torch.Tensor) -> None:
+        parameter = self.parameter
+        parameter.data = stored.to(device=parameter.device, dtype=parameter.dtype)
+
+    def values_of(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored

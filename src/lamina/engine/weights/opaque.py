@@ -42,3 +42,9 @@ class OpaqueWeight(BaseWeight):
 
     def swap(self, values: torch.Tensor) -> torch.Tensor:
         raise FoldError(f"The weight can't be written: {self.why_not_writable}.")
+
+    def restore(self, stored: object) -> None:
+        raise FoldError(f"The weight can't be written: {self.why_not_writable}.")
+
+    def values_of(self, stored: object) -> torch.Tensor:
+        raise FoldError(f"The weight can't be read: {self.why_not_writable}.")

@@ -1,0 +1,183 @@
+"""The adapters of a layer: their records, and the parameters that belong to them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamina.engine.dtypes import adapter_dtype
+from lamina.engine.init import initialisation
+from lamina.engine.layers.record import LayerAdapter
+from lamina.engine.layers.switching import Switched
+from lamina.engine.state import AdapterState
+from lamina.engine.weights import BaseWeight, weight_of
+from lamina.errors import FoldError
+
+
+class AdapterHolder(Switched):
+    """A base layer with adapters.
+
+    Args:
+        base_layer: the layer that is adapted; it stays as it is.
+        state: the model's shared state.
+    """
+
+    # Any: torch types the attributes of a module as Tensor | Module.
+    base_layer: Any
+    lora_dropout: nn.ModuleDict
+    # The places where factors lie; their order is A, B.
+    factor_names: tuple[str, ...] = ("lora_A", "lora_B")
+    # What variants and initialisations tell layers apart by.
+    kind: str = "linear"
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its input are rows to look up."""
+        return self.kind == "embedding"
+
+    def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
+        super().__init__(state)
+        self.base_layer = base_layer
+        self.records: dict[str, LayerAdapter] = {}
+        self.merged_adapters: list[str] = []
+        self.lora_dropout = nn.ModuleDict()
+        self.train(base_layer.training)
+
+    # --- what a kind of layer says -----------------------------------------------------------
+
+    @abstractmethod
+    def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
+        """Put factors on the meta device into the places of `factor_names`."""
+
+    @abstractmethod
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`scaling * B(A(x))`, shaped like the base's output; no dropout."""
+
+    @abstractmethod
+    def delta_weight(self, adapter: str) -> torch.Tensor:
+        """`scaling * B @ A`, shaped like the base's weight, summed in at least fp32."""
+
+    def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`x` as the adapter's A takes it: in its dtype, entries dropped while training."""
+        raise NotImplementedError
+
+    def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """`scaling * B(A(dropout(x)))`, shaped like the base's output."""
+        return self.update(adapter, self.dropped(adapter, x))
+
+    # --- adapters ----------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        record: LayerAdapter,
+        *,
+        init: bool | str | None = True,
+        upcast: bool = True,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            name: its name.
+            record: its numbers in this layer.
+            init: how the factors begin; None leaves them on the meta device, to be assigned.
+            upcast: keep half-precision adapters in fp32; see `lamina.engine.dtypes`.
+        """
+        weight = self.weight_view
+        dtype = adapter_dtype(weight.dtype, upcast=upcast)
+        self.records[name] = record
+        self.lora_dropout[name] = nn.Dropout(record.p) if record.p > 0 else nn.Identity()
+        self.lora_dropout[name].train(self.training)
+        self.add_factors(name, record, dtype)
+        record.variant.prepare(self, name, dtype)
+        if init is not None:
+            self.initialise(name, init)
+
+    @torch.no_grad()
+    def initialise(self, name: str, init: bool | str) -> None:
+        """Begin an adapter's weights anew, on the base's device; nothing to do on meta."""
+        device = self.weight_view.device
+        if device.type == "meta":
+            return
+        for leaf, parameter in self.tensors(name).items():
+            make = torch.zeros_like if leaf.endswith("bias") else torch.empty_like
+            self.assign(name, leaf, make(parameter, device=device))
+        initialisation(init).begin(self, name)
+        self.records[name].variant.begin(self, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter's weights; it must not be folded in."""
+        if name in self.merged_adapters:
+            raise FoldError(
+                f"The adapter {name!r} is folded into the base weights.",
+                cure="model.unmerge_adapter() first",
+            )
+        del self.records[name]
+        for key, place in self._modules.items():
+            holds = isinstance(place, (nn.ModuleDict, nn.ParameterDict)) and name in place
+            if holds and key != "base_layer":
+                del place[name]  # type: ignore[union-attr, operator]
+
+    def place(self, name: str) -> nn.ModuleDict:
+        """Where the layer's adapters keep modules of that name; made if it isn't there."""
+        if name not in self._modules:
+            setattr(self, name, nn.ModuleDict())
+        place = self._modules[name]
+        assert isinstance(place, nn.ModuleDict)
+        return place
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of an adapter."""
+        a, b = (self._parameter(place, name) for place in self.factor_names)
+        return a, b
+
+    def _parameter(self, place: str, name: str) -> nn.Parameter:
+        held: Any = getattr(self, place)[name]
+        parameter: nn.Parameter = held if isinstance(held, nn.Parameter) else held.weight
+        return parameter
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by their names on disk, e.g. `lora_A.weight`."""
+        variant = self.records[name].variant
+        found = {}
+        for place in (*self.factor_names, *variant.places):
+            held = getattr(self, place)[name]
+            if isinstance(held, nn.Parameter):
+                found[place] = held
+                continue
+            for attribute, parameter in held.named_parameters():
+                leaf = f"{place}.{attribute}"
+                found[variant.spelling.get(leaf, leaf)] = parameter
+        return found
+
+    def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
+        """Make `value` the parameter that is `leaf` on disk; no copy is made."""
+        spelt = {disk: inner for inner, disk in self.records[name].variant.spelling.items()}
+        place, _, path = spelt.get(leaf, leaf).partition(".")
+        held = getattr(self, place)[name]
+        if not path:
+            grad = held.requires_grad
+            getattr(self, place)[name] = nn.Parameter(value, requires_grad=grad)
+            return
+        owner_path, _, attribute = path.rpartition(".")
+        owner = held.get_submodule(owner_path)
+        grad = getattr(owner, attribute).requires_grad
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=grad))
+
+    def own_adapters(self) -> Collection[str]:
+        return self.records.keys()
+
+    def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        frozen = self.records[name].variant.frozen
+        for leaf, parameter in self.tensors(name).items():
+            if leaf not in frozen:
+                yield parameter
+
+    @property
+    def weight_view(self) -> BaseWeight:
+        """The base layer's weight, to be read and written."""
+        return weight_of(self.base_layer)
