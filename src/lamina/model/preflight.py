@@ -85,6 +85,11 @@ def _trainable(model: nn.Module, state: AdapterState) -> list[tuple[str, Any]]:
     return found
 
 
+def _fixed_A(path: str, parameter: nn.Parameter) -> bool:
+    # LoRA-FA trains B alone.
+    return not parameter.requires_grad and path.endswith((".lora_A.weight", ".lora_embedding_A"))
+
+
 def check_gradients(model: nn.Module) -> None:
     """After the first backward: every factor of a trainable adapter got a finite gradient.
 
@@ -96,6 +101,8 @@ def check_gradients(model: nn.Module) -> None:
         raise PreflightError("The model has no adapters.")
     without, broken = [], []
     for path, parameter in _trainable(model, state):
+        if _fixed_A(path, parameter):
+            continue
         if parameter.grad is None:
             without.append(path)
         elif not bool(torch.isfinite(parameter.grad).all()):

@@ -127,7 +127,7 @@ class LoraFAOptimizer(Optimizer):
         self, group: dict[str, Any], key: str, p: nn.Parameter, grad: torch.Tensor, suffix: str
     ) -> None:
         # Keys that are names, which torch's types don't foresee.
-        state: dict[str, Any] = self.state[key]  # type: ignore[index]
+        state = self.state[key]  # type: ignore[index]
         mean, square = f"exp_avg{suffix}", f"exp_avg_sq{suffix}"
         if not state:
             state.update({"step": 0, mean: torch.zeros_like(p), square: torch.zeros_like(p)})
@@ -157,7 +157,7 @@ class LoraFAOptimizer(Optimizer):
             )
         return [every] * len(group["params"])
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, with copies on the parameters' devices and in their dtypes.
 
         Raises:

@@ -117,8 +117,9 @@ def _in_adapted_embedding(name: str, modules: dict[str, nn.Module]) -> bool:
 
 def _in_layer_norms(model: nn.Module) -> Iterator[str]:
     """The names of all parameters that lie in a LayerNorm."""
+    kinds: tuple[type[nn.Module], ...] = tuple(ALL_LAYERNORM_LAYERS)
     for path, module in model.named_modules():
-        if isinstance(module, tuple(ALL_LAYERNORM_LAYERS)):
+        if isinstance(module, kinds):
             for name, _ in module.named_parameters(prefix=path):
                 yield name
 
