@@ -94,6 +94,8 @@ class AdapterHolder(Switched):
         self.lora_dropout[name].train(self.training)
         self.add_factors(name, record, dtype)
         record.variant.prepare(self, name, dtype)
+        for leaf in record.variant.frozen:
+            self.tensors(name)[leaf].requires_grad_(False)
         if init is not None:
             self.initialise(name, init)
 
