@@ -153,15 +153,15 @@ TREE: dict[str, dict[str, str]] = {
     "peft.mapping_func": _at(f"{_OWN}.adapting", "get_peft_model"),
     "peft.mixed_model": _at(f"{_OWN}.mixed", "PeftMixedModel"),
     "peft.optimizers": _at(
-        f"{_OWN}.optimizers",
+        "lamina.optim",
         "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     ),
     "peft.optimizers.lorafa": _at(
-        "lamina.interop.peft.optimizers", "LoraFAOptimizer create_lorafa_optimizer"
+        "lamina.optim.lorafa", "LoraFAOptimizer create_lorafa_optimizer is_bf16_available"
     ),
-    "peft.optimizers.loraplus": _at("peft.optimizers", "create_loraplus_optimizer"),
+    "peft.optimizers.loraplus": _at("lamina.optim.loraplus", "create_loraplus_optimizer"),
     "peft.optimizers.riemannian": _at(
-        "lamina.interop.peft.optimizers",
+        "lamina.optim.riemannian",
         "_RiemannianPreconditioner _collect_lora_pairs create_riemannian_optimizer",
     ),
     "peft.peft_model": {
