@@ -177,7 +177,7 @@ class LoraFAOptimizer(Optimizer):
         super().load_state_dict(dict(state_dict))
         owners = dict(self._owners())
         # torch moves and casts only what is kept by parameter.
-        kept: dict[Any, dict[str, Any]] = self.state  # type: ignore[assignment]
+        kept: dict[Any, dict[str, Any]] = self.state
         for key, state in list(kept.items()):
             like = owners.get(key)
             kept[key] = {name: _copy_like(value, like) for name, value in state.items()}
