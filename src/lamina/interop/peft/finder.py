@@ -39,8 +39,7 @@ class Finder(importlib.metadata.DistributionFinder):
         if fullname not in TREE:
             return None
         is_package = any(name.startswith(f"{fullname}.") for name in TREE)
-        spec = ModuleSpec(fullname, Loader(), origin=__file__, is_package=is_package)  # type: ignore[arg-type]
-        return spec
+        return ModuleSpec(fullname, Loader(), origin=__file__, is_package=is_package)  # type: ignore[arg-type]
 
     def find_distributions(
         self,

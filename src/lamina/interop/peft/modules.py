@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from lamina.interop.peft.patching import PatchedAtHome
 from lamina.interop.peft.placeholders import placeholder
 from lamina.interop.peft.tree import TREE
-
-
-class DropIn(ModuleType):
-    """A module of the drop-in; a name is looked up once, when it is first read."""
-
-    def __getattr__(self, name: str) -> Any:
-        here = self.__name__
-        if name in TREE[here]:
-            value = resolve(here, name)
-        elif f"{here}.{name}" in TREE:
-            value = importlib.import_module(f"{here}.{name}")
-        else:
-            raise AttributeError(
-                f"module {here!r} has no attribute {name!r}; Lamina stands in for peft here"
-            )
-        self.__dict__[name] = value
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *TREE[self.__name__]})
 
 
 class Loader:
     """Makes the modules of the drop-in; there is nothing to run in them."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty module that knows its names."""
-        module = DropIn(spec.name, f"Lamina in the place of {spec.name}.")
-        module.__dict__["__all__"] = [n for n in TREE[spec.name] if not n.startswith("_")]
-        module.__dict__["__file__"] = __file__
-        return module
+    def create_module(self, spec: ModuleSpec) -> None:
+        """A plain module will do."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: names are looked up later."""
+        """Let the module look its names up, each once, when it is first read."""
+        here = module.__name__
+        inside = TREE[here]
+
+        def look_up(name: str) -> Any:
+            if name in inside:
+                value = resolve(here, name)
+            elif f"{here}.{name}" in TREE:
+                value = importlib.import_module(f"{here}.{name}")
+            else:
+                raise AttributeError(
+                    f"module {here!r} has no attribute {name!r}; Lamina stands in for peft here"
+                )
+            return module.__dict__.setdefault(name, value)
+
+        module.__dict__.update(
+            __doc__=f"Lamina in the place of {here}.",
+            __file__=__file__,
+            __all__=[name for name in inside if not name.startswith("_")],
+            __getattr__=look_up,
+            __dir__=lambda: sorted({*module.__dict__, *inside}),
+        )
+        module.__class__ = PatchedAtHome
 
 
 def resolve(module: str, name: str) -> Any:
@@ -87,12 +85,3 @@ def names() -> Iterator[tuple[str, str]]:
 def placeholders() -> list[tuple[str, str]]:
     """Every (module, name) at which nothing but a placeholder stands, at its first place."""
     return [(module, name) for module, name in names() if find(module, name) is None]
-
-
-def loaded() -> dict[str, ModuleType]:
-    """The modules of peft, of whoever's making, that are in `sys.modules` now."""
-    return {
-        name: module
-        for name, module in sys.modules.items()
-        if name == "peft" or name.startswith("peft.")
-    }

@@ -19,7 +19,14 @@ def _at(home: str, names: str) -> dict[str, str]:
     return {name: f"{home}:{other or name}" for name, _, other in pairs}
 
 
-_TASKS = ["CausalLM", "Seq2SeqLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "FeatureExtraction"]
+_TASKS = [
+    "CausalLM",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "FeatureExtraction",
+]
 _PEFT_MODELS = " ".join(["PeftModel", *(f"PeftModelFor{task}" for task in _TASKS)])
 _AUTO_MODELS = " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{task}" for task in _TASKS)])
 _STATUS = "get_layer_status get_model_status"
@@ -36,10 +43,10 @@ _SAVE_AND_LOAD = (
     "set_base_model_state_dict set_peft_model_state_dict"
 )
 _OTHER = (
-    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _freeze_adapter "
-    "_get_batch_size _get_input_embeddings_name _get_module_names_tied_with_embedding "
-    "_get_no_split_modules _get_submodules _get_submodules_with_grandparent _is_valid_match "
-    "_prepare_prompt_learning_config _set_adapter _set_layer_requires_grad _set_trainable "
+    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _freeze_adapter=freeze_adapter "
+    "_get_batch_size=get_batch_size _get_input_embeddings_name=get_input_embeddings_name _get_module_names_tied_with_embedding=names_tied_with_embedding "
+    "_get_no_split_modules=get_no_split_modules _get_submodules=get_submodules _get_submodules_with_grandparent=get_submodules_with_grandparent _is_valid_match=is_valid_match "
+    "_prepare_prompt_learning_config _set_adapter=set_adapter _set_layer_requires_grad=set_layer_requires_grad _set_trainable "
     "cast_mixed_precision_params check_file_exists_on_hf_hub create_attention_mask "
     "fsdp_auto_wrap_policy get_auto_gptq_quant_linear get_gptqmodel_quant_linear get_pattern_key "
     "get_quantization_config id_tensor_storage infer_device is_gptqmodel_awq_layer "
@@ -57,7 +64,42 @@ _CONSTANTS = (
 _TABLES_OF_TARGETS = (
     " ".join(
         f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING"
-        for method in ["ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LNTUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"]
+        for method in [
+            "ADALORA",
+            "ADAMSS",
+            "BEFT",
+            "BOFT",
+            "C3A",
+            "DEFT",
+            "DELORA",
+            "FOURIERFT",
+            "FROD",
+            "GLORA",
+            "GRALORA",
+            "HIRA",
+            "HRA",
+            "IA3",
+            "LILY",
+            "LNTUNING",
+            "LOHA",
+            "LOKR",
+            "MISS",
+            "OFT",
+            "OSF",
+            "PEANUT",
+            "POLY",
+            "PSOFT",
+            "PVERA",
+            "RANDLORA",
+            "ROAD",
+            "SHIRA",
+            "SUPERTUNING",
+            "TINYLORA",
+            "UNILORA",
+            "VBLORA",
+            "VERA",
+            "WAVEFT",
+        ]
     )
     + " TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
 )
@@ -78,14 +120,21 @@ _IMPORT_CHECKS = (
     "is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_ge_v5_13_0 "
     "is_transformers_ge_v5_17_0 is_transformers_le_4_53 is_transformers_dtensor_tp is_xpu_available"
 )
-_TUNERS_UTILS = (
-    "BaseTuner BaseTunerLayer _ExcludedModule _filter_state_dict_by_key_prefixes "
-    "_find_minimal_target_modules _get_in_out_features _get_tuner_state_dict_key_prefixes "
-    "_maybe_include_all_linear_layers cast_adapter_dtype check_adapters_to_merge "
-    "check_target_module_exists clone_module delete_adapter find_parameter_name_by_module "
-    "get_device_map inspect_matched_modules onload_layer replicate_layers set_adapter "
-    "set_requires_grad"
-)
+_TUNERS_UTILS = {
+    "tuner": "BaseTuner BaseTunerLayer",
+    "matching": (
+        "_ExcludedModule=ExcludedModule _find_minimal_target_modules=find_minimal_target_modules "
+        "_get_in_out_features=get_in_out_features check_target_module_exists "
+        "_maybe_include_all_linear_layers=maybe_include_all_linear_layers inspect_matched_modules"
+    ),
+    "switching": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
+    "walking": (
+        "_filter_state_dict_by_key_prefixes=filter_state_dict_by_key_prefixes "
+        "_get_tuner_state_dict_key_prefixes=get_tuner_state_dict_key_prefixes "
+        "check_adapters_to_merge clone_module find_parameter_name_by_module get_device_map "
+        "onload_layer replicate_layers"
+    ),
+}
 _LORA_FUNCTIONS = {
     "arrow": "create_arrow_model _resolve_adapter_source",
     "conversion": "convert_to_lora save_as_lora",
@@ -201,7 +250,11 @@ TREE: dict[str, dict[str, str]] = {
     "peft.tuners.mixed": _at(f"{_OWN}.mixed", "COMPATIBLE_TUNER_TYPES MixedModel"),
     "peft.tuners.mixed.model": _at("peft.tuners.mixed", "COMPATIBLE_TUNER_TYPES MixedModel"),
     "peft.tuners.tuners_utils": {
-        **_at(f"{_OWN}.tuner", _TUNERS_UTILS),
+        **{
+            name: home
+            for file, names in _TUNERS_UTILS.items()
+            for name, home in _at(f"{_OWN}.{file}", names).items()
+        },
         **_at("peft.utils", "ModulesToSaveWrapper _get_submodules AuxiliaryTrainingWrapper"),
     },
     "peft.utils": {},

@@ -1,30 +1,212 @@
-"""The base classes of tuners and their layers, by peft's names."""
+"""The base classes of tuners and their layers, and `LoraModel` as peft has it."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from lamina.engine.layers import LoraLayer
+from lamina import model as native
+from lamina.engine.inject import find_state
+from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.names import adapted_layers
+from lamina.engine.state import AdapterState
+from lamina.errors import FoldError
+from lamina.interop.peft import constants, switching
+from lamina.interop.peft.fitting import fit, warn_misfits
+from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.standing import StandsFor
-from lamina.model import LoraModel
 
 
 class BaseTunerLayer(metaclass=StandsFor):
     """Every adapted layer is an instance of this."""
 
-    native = LoraLayer
+    native: Any = LoraLayer
 
 
 class BaseTuner(nn.Module, metaclass=StandsFor):
     """Every tuner is an instance of this."""
 
-    native = LoraModel
+    native: Any = native.LoraModel
     prefix: str = ""
+    uses_shared_state = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """A model's config as a dict; a stand-in for models without one."""
+        config = getattr(model, "config", constants.DUMMY_MODEL_CONFIG)
+        found: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
+        return found
 
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "LoraModel"]
+class LoraModel(native.LoraModel, metaclass=StandsFor):
+    """A model with LoRA adapters, by peft's methods and with its leniency.
+
+    Args:
+        model: the model to adapt, in place; one that has adapters gets one more.
+        peft_config: the adapter's config, or a dict from its name to it.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its weights on the meta device, to be loaded.
+        state_dict: adapt the modules that these tensors are named after.
+        autocast_adapter_dtype: keep adapters over half-precision weights in fp32.
+    """
+
+    native: Any = native.LoraModel
+    tuner_layer_cls = LoraLayer
+    target_module_mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    uses_shared_state = False
+    get_model_config = staticmethod(BaseTuner.get_model_config)
+    _check_target_module_exists = staticmethod(check_target_module_exists)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Any] | None = None,
+        autocast_adapter_dtype: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.adapter_state = find_state(model) or AdapterState()
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        if self.adapter_state.configs:
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having "
+                "multiple adapters in the model. Make sure to know what you are doing!",
+                stacklevel=3,
+            )
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype,
+            low_cpu_mem_usage,
+            state_dict,
+            config=configs[adapter_name],
+        )
+        self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Any] | None = None,
+        *,
+        config: Any = None,
+    ) -> None:
+        """Add an adapter; it is not active yet. An old one of this name is replaced.
+
+        Raises:
+            NoMatchingPeftModuleError: its config matches nothing.
+        """
+        config = self.peft_config[adapter_name] if config is None else config
+        if adapter_name in self.peft_config:
+            native.LoraModel.delete_adapter(self, adapter_name)
+        self._refuse_second_bias(config)
+        misfits = fit(self, config, state_dict)
+        native.LoraModel.add(
+            self,
+            adapter_name,
+            misfits.config,
+            initialise=not low_cpu_mem_usage,
+            upcast=autocast_adapter_dtype,
+            strict=False,
+        )
+        # The caller's config is the adapter's, as peft has it.
+        self.adapter_state.configs[adapter_name] = config
+        here = [name for name, layer in adapted_layers(model) if adapter_name in layer.records]
+        known = set(self.targeted_module_names)
+        self.targeted_module_names += [name for name in here if name not in known]
+        warn_misfits(misfits, here)
+
+    def _refuse_second_bias(self, config: Any) -> None:
+        biased = [c for c in self.peft_config.values() if c.bias != "none"]
+        if biased and config.bias != "none":
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple "
+                "adapters, set bias to 'none' for all adapters."
+            )
+
+    # --- switching ---------------------------------------------------------------------------
+
+    @property
+    def active_adapter(self) -> str | list[str]:  # type: ignore[override]
+        """The active adapter; a list if there are several, or none."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Make adapters active and, unless `inference_mode`, trainable, and no others."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if any(layer.merged for _, layer in lora_layers(self.model)):
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                stacklevel=2,
+            )
+            self.unmerge_adapter()
+        self.activate(names, () if inference_mode else names)
+
+    def set_requires_grad(
+        self, adapter_names: str | Iterable[str], requires_grad: bool = True
+    ) -> None:
+        """Let adapters' weights ask for gradients, or not, whether they are active or not."""
+        switching.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until they are switched on again."""
+        for name in self.active_adapters:
+            if self.peft_config[name].bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be "
+                    f"'{self.peft_config[name].bias}' does not produce the same output as the base "
+                    "model would without adaption.",
+                    stacklevel=2,
+                )
+        switching.switch_off(self.model, self.adapter_state)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again."""
+        switching.switch_on(self.model, self.adapter_state)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ValueError: there is none of this name, or it is folded into the base weights.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        try:
+            super().delete_adapter(adapter_name)
+        except FoldError as error:
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
+                "Please unmerge them first."
+            ) from error
+
+    # --- taking apart ------------------------------------------------------------------------
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The plain model with adapters folded in for good."""
+        return self._unconfigured(super().merge_and_unload(*args, **kwargs))
+
+    def unload(self) -> nn.Module:
+        """The plain model as it was before it was adapted."""
+        return self._unconfigured(super().unload())
+
+    def _unconfigured(self, model: nn.Module) -> nn.Module:
+        if "peft_config" in model.__dict__:
+            del model.peft_config
+        return model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be turned into LoRA: it is LoRA."""
+        return True
