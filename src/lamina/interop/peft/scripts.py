@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -81,15 +82,18 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before = [(layer, dict(layer.scaling)) for layer in layers]
+    before = [(layer, layer.records) for layer in layers]
     try:
-        for layer, scalings in before:
-            for name, scaling in scalings.items():
-                layer.scaling[name] = scaling * multiplier
+        # Other records, so that scalings that were read before keep their values.
+        for layer, records in before:
+            layer.records = {
+                name: replace(record, scaling=record.scaling * multiplier)
+                for name, record in records.items()
+            }
         yield
     finally:
-        for layer, scalings in before:
-            layer.scaling.update(scalings)
+        for layer, records in before:
+            layer.records = records
 
 
 @contextmanager
