@@ -1,36 +1,80 @@
-"""Configs as peft has them: Lamina's, read leniently, with the methods that scripts call."""
+"""The base of all configs as peft has it: read leniently, with the methods that scripts call."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
+import json
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.version import parse
 from transformers.utils import PushToHubMixin
 
 from lamina import config as native
 from lamina.config.base import _HUB_ARGUMENTS
+from lamina.errors import ConfigError
 from lamina.interop.peft.standing import StandsFor
-from lamina.interop.peft.types import VERSION, PeftType
+from lamina.interop.peft.types import VERSION
 from lamina.storage.source import find_config
 
 CONFIG_NAME = native.CONFIG_NAME
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
+__version__ = VERSION
+
+
+def _is_dev_version(version: str) -> bool:
+    return parse(version).is_devrelease
+
+
+def _get_commit_hash(package: str) -> str | None:
+    """The commit that a package was installed from; None if it wasn't."""
+    try:
+        told = importlib.metadata.distribution(package).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    commit = json.loads(told or "{}").get("vcs_info", {}).get("commit_id")
+    return None if commit is None else str(commit)
 
 
 @dataclass
-class PeftConfigMixin(PushToHubMixin, native.PeftConfig, metaclass=StandsFor):  # type: ignore[misc]
+class PeftConfigMixin(native.PeftConfig, PushToHubMixin, metaclass=StandsFor):  # type: ignore[misc]
     """What every config has."""
 
     native = native.PeftConfig
 
     def __post_init__(self) -> None:
+        self._check_task()
         super().__post_init__()
         if self.peft_version is None:
-            self.peft_version = VERSION
+            self.peft_version = self._get_peft_version()
+
+    def _check_task(self) -> None:
+        known = [task.value for task in native.TaskType]
+        if self.task_type is not None and self.task_type not in known:
+            raise ConfigError(
+                f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
+                f"{', '.join(known)}."
+            )
+
+    @staticmethod
+    def _get_peft_version() -> str:
+        """The release, with the commit if it is one that isn't out yet."""
+        if not _is_dev_version(__version__):
+            return __version__
+        try:
+            commit = _get_commit_hash("peft")
+        except Exception:
+            warnings.warn(
+                "A dev version of PEFT is used but there was an error while trying to determine "
+                "the commit hash.",
+                stacklevel=4,
+            )
+            commit = None
+        return f"{__version__}@{commit or 'UNKNOWN'}"
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write `adapter_config.json`; `auto_mapping_dict` says what the base model is."""
@@ -67,7 +111,7 @@ class PeftConfigMixin(PushToHubMixin, native.PeftConfig, metaclass=StandsFor):  
                 )
             warnings.warn(
                 f"Unexpected keyword arguments {strange} for class {kind.__name__}, these are "
-                "ignored: a newer release has probably written the file. Lamina knows the fields "
+                "ignored. A newer release has probably written the file; Lamina knows the fields "
                 f"of peft {VERSION}.",
                 stacklevel=3,
             )
@@ -138,14 +182,3 @@ class PromptLearningConfig(PeftConfig):
 
     native = ()
     is_prompt_learning = True
-
-
-@dataclass
-class LoraConfig(native.LoraConfig, PeftConfig):
-    """Lamina's `LoraConfig`, read as leniently as peft's."""
-
-    native = native.LoraConfig
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType.LORA

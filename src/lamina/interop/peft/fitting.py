@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lamina.engine.names import places
+from lamina.errors import ConfigError
 from lamina.interop.peft import constants
+from lamina.interop.peft.lora_config import LoraConfig
 from lamina.interop.peft.matching import (
     ExcludedModule,
     check_target_module_exists,
@@ -48,6 +50,7 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         NoMatchingPeftModuleError: nothing in the model matches.
         ValueError: the architecture has no usual targets.
     """
+    _refuse(config)
     _set_usual(tuner, config)
     maybe_include_all_linear_layers(config, tuner.model)
     names = [place.name for place in places(tuner.model) if place.name]
@@ -67,6 +70,15 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         raise NoMatchingPeftModuleError(_nothing(config, excluded, len(names)))
     unused = bool(config.exclude_modules) and not excluded
     return Fit(config if named is None else exact, unused, named, meant)
+
+
+def _refuse(config: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        return
+    config.refuse_unsupported()
+    faults = config.late_faults()
+    if faults:
+        raise ConfigError(faults[0], faults=faults[1:])
 
 
 def _set_usual(tuner: LoraModel, config: Any) -> None:

@@ -13,11 +13,25 @@ from lamina.interop.peft.placeholders import placeholder
 from lamina.interop.peft.tree import TREE
 
 
+class Mirror(ModuleType):
+    """A module of the drop-in; a name that is set here is set where its object lives too.
+
+    So that what somebody patches, for a test or for good, takes effect.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        home, _, attribute = TREE[self.__name__].get(name, "").partition(":")
+        if home:
+            setattr(importlib.import_module(home), attribute, value)
+
+
 class Loader:
     """Makes the modules of the drop-in; there is nothing to run in them."""
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        """A plain module will do."""
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module."""
+        return Mirror(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Let the module look its names up, each once, when it is first read."""
@@ -33,7 +47,8 @@ class Loader:
                 raise AttributeError(
                     f"module {here!r} has no attribute {name!r}; Lamina stands in for peft here"
                 )
-            return module.__dict__.setdefault(name, value)
+            # What may change at home, such as a switch, is looked up each time.
+            return module.__dict__.setdefault(name, value) if callable(value) else value
 
         module.__dict__.update(
             __doc__=f"Lamina in the place of {here}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamina.interop.peft.config import LoraConfig
+from lamina.interop.peft.lora_config import LoraConfig
 from lamina.interop.peft.methods import METHODS
 from lamina.interop.peft.modules import resolve
 from lamina.interop.peft.tuner import LoraModel

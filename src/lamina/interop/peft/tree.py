@@ -178,7 +178,8 @@ TREE: dict[str, dict[str, str]] = {
     "peft.auto": _at(f"{_OWN}.auto", f"{_AUTO_MODELS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
     "peft.config": _at(
         f"{_OWN}.config",
-        "CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS PeftConfig PeftConfigMixin PromptLearningConfig",
+        "CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS PeftConfig PeftConfigMixin PromptLearningConfig "
+        "__version__ _get_commit_hash _is_dev_version",
     ),
     "peft.functional": {
         **_at("peft.mapping", "inject_adapter_in_model"),
@@ -226,7 +227,7 @@ TREE: dict[str, dict[str, str]] = {
     "peft.tuners.lora": {},
     "peft.tuners.lora.config": {
         **_at(_CONFIGS, _METHOD_CONFIGS),
-        **_at(f"{_OWN}.config", "LoraConfig"),
+        **_at(f"{_OWN}.lora_config", "LoraConfig"),
     },
     "peft.tuners.lora.dora": _at(
         f"{_OWN}.dora",
