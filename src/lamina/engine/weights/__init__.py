@@ -9,12 +9,21 @@ from __future__ import annotations
 from torch import nn
 
 from lamina.engine.weights.base import BaseWeight
+from lamina.engine.weights.bnb import Bnb4bitWeight, Bnb8bitWeight
 from lamina.engine.weights.dense import DenseWeight
+from lamina.engine.weights.hqq import HqqWeight
 from lamina.engine.weights.opaque import OpaqueWeight
+from lamina.engine.weights.torchao import TorchaoWeight
 
 __all__ = ["BaseWeight", "DenseWeight", "OpaqueWeight", "register", "weight_of"]
 
-_KINDS: list[type[BaseWeight]] = [DenseWeight]
+_KINDS: list[type[BaseWeight]] = [
+    DenseWeight,
+    Bnb4bitWeight,
+    Bnb8bitWeight,
+    TorchaoWeight,
+    HqqWeight,
+]
 
 
 def register(kind: type[BaseWeight]) -> type[BaseWeight]:

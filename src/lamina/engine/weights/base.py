@@ -39,6 +39,21 @@ class BaseWeight(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype it is stored in."""
 
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The dtype that `read` gives."""
+        return self.dtype
+
+    @property
+    def quantised(self) -> str | None:
+        """The quantiser and its settings, for people to read; None for a dense weight."""
+        return None
+
+    @property
+    def rounding(self) -> str | None:
+        """The bits that folding rounds to, as a warning names them; None: not worth one."""
+        return None
+
     @abstractmethod
     def read(self) -> torch.Tensor:
         """The dense values in a floating dtype; not a copy where they are stored so: don't write.
