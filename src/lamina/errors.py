@@ -71,6 +71,10 @@ class AdapterNameError(LaminaError, ValueError, KeyError):
     __str__ = LaminaError.__str__
 
 
+class RoutingError(LaminaError, ValueError, TypeError):
+    """The rows of a batch can't go to the adapters that were named for them."""
+
+
 class FoldError(LaminaError, ValueError):
     """An update can't be added to the base weights, or can't be taken out again."""
 

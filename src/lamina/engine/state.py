@@ -16,6 +16,7 @@ from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.biases import TrainedBiases
+from lamina.engine.routing import Routing
 from lamina.errors import AdapterNameError, nearest
 
 
@@ -54,6 +55,7 @@ class AdapterState:
         folded_layers: how many layers have adapters folded in; which ones, the layers know.
         members: the layers that read this state.
         overridden: how many of them were told something else, one by one.
+        routing: which rows go to which adapters in the forward that is running; mostly None.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class AdapterState:
     folded_layers: int = 0
     members: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
     overridden: int = 0
+    routing: Routing | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak set can't be pickled.
@@ -161,6 +164,16 @@ class AdapterState:
                 cure="use a string without dots that is no attribute of a torch module, nor a path "
                 "from the root",
             )
+
+    @contextmanager
+    def routed(self, routing: Routing | None) -> Iterator[None]:
+        """Send the rows of the batch their ways inside."""
+        before = self.routing
+        self.routing = routing
+        try:
+            yield
+        finally:
+            self.routing = before
 
     @contextmanager
     def while_disabled(self) -> Iterator[None]:

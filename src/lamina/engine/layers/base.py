@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lamina.engine.layers.mixing import ASIDE, add_by_rows, routing_of
 from lamina.engine.layers.outward import PeftNames
 from lamina.engine.layers.record import LayerAdapter, RecordView
 
@@ -34,9 +35,25 @@ class LoraLayer(PeftNames):
         ]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base's output plus what each contributing adapter adds, in the base's dtype."""
+        """The base's output plus what each contributing adapter adds, in the base's dtype.
+
+        Args:
+            x: the base's input.
+            args, kwargs: what else the base takes; and for this layer alone `adapter_names`, an
+                adapter for each row of `x`, and `alora_offsets`. See `lamina.engine.routing`.
+        """
+        if not ASIDE.isdisjoint(kwargs):
+            with self.adapter_state.routed(routing_of(self, kwargs)):
+                return self.added(x, *args, **kwargs)
+        return self.added(x, *args, **kwargs)
+
+    def added(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`forward`, for the rows as the shared state sends them."""
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
+        routing = self.adapter_state.routing
+        if routing is not None and routing.names is not None:
+            return add_by_rows(self, x, result, routing)
         for name in self.contributing():
             result = self.records[name].variant.add(self, name, x, result)
         return result.to(dtype)

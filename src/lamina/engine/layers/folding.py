@@ -30,6 +30,16 @@ class Folding(AdapterHolder):
         reasons = (self.records[n].variant.why_not_foldable(self, n) for n in names)
         return next(filter(None, reasons), self.weight_view.why_not_writable)
 
+    def unfolded_weight(self) -> torch.Tensor:
+        """The base's dense values without the adapters that are folded in; don't write.
+
+        What was folded in without being kept is a part of the base.
+        """
+        view = self.weight_view
+        if "weight" in self._unfolded:
+            return view.values_of(self._unfolded["weight"]).to(view.device)
+        return view.read()
+
     @torch.no_grad()
     def folded(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias with these adapters added, in the accumulation dtype, not yet rounded.
@@ -37,12 +47,9 @@ class Folding(AdapterHolder):
         Where the unfolded weight was kept, the sum starts from there, so that folding adapters
         one by one rounds no more often than folding them at once.
         """
-        view = self.weight_view
+        stored = self.unfolded_weight()
         if "weight" in self._unfolded:
-            stored = view.values_of(self._unfolded["weight"]).to(view.device)
             names = [*self.merged_adapters, *names]
-        else:
-            stored = view.read()
         weight = stored.to(accumulation_dtype(stored.dtype), copy=True)
         with exact(weight.device):
             for name in names:

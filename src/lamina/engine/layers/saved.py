@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamina.engine.layers.mixing import by_rows
 from lamina.engine.layers.switching import Switched
+from lamina.engine.routing import Routing
 from lamina.engine.state import AdapterState
 
 
@@ -55,7 +57,11 @@ class ModulesToSaveWrapper(Switched):
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=before.requires_grad)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the effective module gives."""
+        """What the effective module gives, or in a mixed batch, the copy of each row's adapter."""
+        names = kwargs.pop("adapter_names", None)
+        routing = self.adapter_state.routing if names is None else Routing(tuple(names))
+        if routing is not None and routing.names is not None and not self.disable_adapters:
+            return by_rows(self.original_module, self.modules_to_save, routing, args, kwargs)
         return self.effective()(*args, **kwargs)
 
     def own_adapters(self) -> Collection[str]:

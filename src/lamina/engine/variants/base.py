@@ -46,6 +46,9 @@ class Update(Protocol):
     def weight_view(self) -> BaseWeight:
         """The base's weight; what it is made of is none of a variant's business."""
 
+    def unfolded_weight(self) -> torch.Tensor:
+        """The base's dense values without the adapters that are folded in; don't write."""
+
 
 class Variant:
     """One method. It has no state of its own, so that one object serves all layers.
@@ -59,6 +62,8 @@ class Variant:
             where they differ.
         frozen: names on disk of parameters that never train.
         kinds: the kinds of layers that it is made for.
+        routes_itself: whether `add` leaves rows alone that go elsewhere, by the shared state's
+            routing; else it is given its own rows only.
     """
 
     is_plain: bool = False
@@ -67,6 +72,7 @@ class Variant:
     spelling: Mapping[str, str] = {}
     frozen: Sequence[str] = ()
     kinds: Sequence[str] = ("linear",)
+    routes_itself: bool = False
 
     def why_not(self, kind: str, base: nn.Module, config: Any, target: str) -> str | None:
         """None if a layer can be adapted by this method, else the reason; asked before all else.
