@@ -51,7 +51,9 @@ class _ConvNd(LoraLayer):
 
     def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
-        dropped: torch.Tensor = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
+        if self.cast_input_dtype_enabled:
+            x = to_adapter_input(x, a.weight.dtype)
+        dropped: torch.Tensor = self.lora_dropout[adapter](x)
         return dropped
 
     def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:

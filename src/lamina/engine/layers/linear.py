@@ -30,18 +30,28 @@ class Linear(LoraLayer):
 
     def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
-        dropped: torch.Tensor = self.lora_dropout[adapter](to_adapter_input(x, a.weight.dtype))
+        if self.cast_input_dtype_enabled:
+            x = to_adapter_input(x, a.weight.dtype)
+        dropped: torch.Tensor = self.lora_dropout[adapter](x)
         return dropped
 
     def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
         b: Any = self.lora_B[adapter]
+        if _hooked(a) or _hooked(b):
+            scaled: torch.Tensor = b(a(x)) * self.records[adapter].scaling
+            return scaled
         return lora_linear(x, a.weight, b.weight, b.bias, self.records[adapter].scaling)
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         a, b = self.factors(adapter)
         delta = lora_linear_delta(a, b, self.records[adapter].scaling)
         return delta.T if self.fan_in_fan_out else delta
+
+
+def _hooked(module: nn.Module) -> bool:
+    # Offloading and layerwise casting bring a weight into place right before its module's forward.
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def store_in_by_out(layers: Iterable[LoraLayer]) -> bool:
