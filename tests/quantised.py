@@ -24,7 +24,7 @@ def dense(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
     """A linear layer with bias, of `IN` by `OUT`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(IN, OUT).to(dtype)
+        return nn.Linear(IN, OUT).to(dtype).requires_grad_(False)
 
 
 def bnb4(source: nn.Linear, quant_type: str = "nf4", double: bool = False) -> nn.Module:

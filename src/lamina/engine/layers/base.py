@@ -49,7 +49,7 @@ class LoraLayer(PeftNames):
 
     def added(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`forward`, for the rows as the shared state sends them."""
-        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        result = self.base_output(x, *args, **kwargs)
         dtype = result.dtype
         routing = self.adapter_state.routing
         if routing is not None and routing.names is not None:

@@ -13,6 +13,7 @@ from lamina.engine.dtypes import adapter_dtype
 from lamina.engine.init import initialisation
 from lamina.engine.layers.record import LayerAdapter
 from lamina.engine.layers.switching import Switched
+from lamina.engine.ops.straight_through import straight_through
 from lamina.engine.state import AdapterState
 from lamina.engine.weights import BaseWeight, weight_of
 from lamina.errors import FoldError
@@ -42,6 +43,9 @@ class AdapterHolder(Switched):
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(state)
         self.base_layer = base_layer
+        weight = self.weight_view
+        # Asked in every forward, so a dense base is told apart once.
+        self._doubtful = weight if weight.may_stop_gradients and self.kind == "linear" else None
         self.records: dict[str, LayerAdapter] = {}
         self.merged_adapters: list[str] = []
         self.lora_dropout = nn.ModuleDict()
@@ -68,6 +72,15 @@ class AdapterHolder(Switched):
     def low_rank(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B(A(dropout(x)))`, shaped like the base's output."""
         return self.update(adapter, self.dropped(adapter, x))
+
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output; gradients reach `x` even where the base's own forward stops them."""
+        doubtful = self._doubtful
+        if doubtful is not None and torch.is_grad_enabled() and x.requires_grad:
+            if doubtful.layer is self.base_layer and doubtful.stops_gradients:
+                return straight_through(x, self.base_layer, doubtful)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return result
 
     # --- adapters ----------------------------------------------------------------------------
 

@@ -54,6 +54,14 @@ class BaseWeight(ABC):
         """The bits that folding rounds to, as a warning names them; None: not worth one."""
         return None
 
+    # Whether `stops_gradients` may ever be true; asked once.
+    may_stop_gradients = False
+
+    @property
+    def stops_gradients(self) -> bool:
+        """Whether the layer's own forward, as it is now, lets no gradient through to its input."""
+        return False
+
     @abstractmethod
     def read(self) -> torch.Tensor:
         """The dense values in a floating dtype; not a copy where they are stored so: don't write.

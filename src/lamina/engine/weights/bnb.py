@@ -44,6 +44,12 @@ class Bnb4bitWeight(QuantisedWeight):
     def why_not_writable(self) -> str | None:
         return super().why_not_writable or (_UNQUANTISED if self._state is None else None)
 
+    may_stop_gradients = True
+
+    @property
+    def stops_gradients(self) -> bool:
+        return _is_packed(self.parameter.quant_state)
+
     @property
     def value_dtype(self) -> torch.dtype:
         state = self._state

@@ -33,6 +33,14 @@ class TorchaoWeight(QuantisedWeight):
         return f"torchao {type(weight).__name__}{', quantised activations' if dynamic else ''}"
 
     @property
+    def may_stop_gradients(self) -> bool:  # type: ignore[override]
+        return self.stops_gradients
+
+    @property
+    def stops_gradients(self) -> bool:
+        return _activation_quantiser(self.parameter) is not None
+
+    @property
     def why_not_writable(self) -> str | None:
         weight = self.parameter
         if weight.is_meta:
