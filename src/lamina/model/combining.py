@@ -18,7 +18,6 @@ from lamina.engine.inject import inject
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import adapted_layers, places
 from lamina.engine.state import AdapterState
-from lamina.engine.variants import PlainLora
 from lamina.errors import AdapterNameError, ConfigError
 
 
@@ -219,7 +218,7 @@ def _faults_of_layer(
     if method.on == "update" and settings.rank is not None and settings.rank % groups:
         faults.append(f"its {groups} groups don't divide svd_rank={settings.rank}")
     for adapter in here:
-        if not is_plain(layer, adapter):
+        if not is_sum(layer, adapter):
             faults.extend(_faults_of_variant(layer, adapter, method))
     return faults
 
@@ -228,7 +227,7 @@ def _faults_of_variant(layer: LoraLayer, adapter: str, method: Method) -> list[s
     kind = type(layer.records[adapter].variant).__name__
     if method.on != "update":
         return [f"{adapter!r} is {kind}, whose update is not scaling * B @ A"]
-    why = layer.why_not_foldable([adapter])
+    why = layer.records[adapter].variant.why_not_foldable(layer, adapter)
     if why is None and layer.merged_adapters:
         why = "adapters are folded in; model.unmerge_adapter() first"
     return [f"{adapter!r} is {kind}, whose update can't be had: {why}"] if why else []
@@ -260,15 +259,15 @@ def _saved_wrappers(
 # --- compute -------------------------------------------------------------------------------------
 
 
-def is_plain(layer: LoraLayer, adapter: str) -> bool:
+def is_sum(layer: LoraLayer, adapter: str) -> bool:
     """Whether an adapter's update is `scaling * B @ A` and nothing else."""
-    return isinstance(layer.records[adapter].variant, PlainLora)
+    return layer.records[adapter].variant.is_sum
 
 
 @torch.no_grad()
 def dense_update(layer: LoraLayer, adapter: str) -> torch.Tensor:
     """What an adapter adds to the weight, out x everything else, in the accumulation dtype."""
-    if is_plain(layer, adapter):
+    if is_sum(layer, adapter):
         update = layer.delta_weight(adapter)
     else:
         before = layer.weight_view.read()
@@ -287,7 +286,7 @@ def _parts(layer: LoraLayer, shares: Mapping[str, float], method: Method) -> lis
         bias = layer.tensors(adapter).get("lora_B.bias")
         scaling = float(layer.records[adapter].scaling)
         factors = Factors(a, b, scaling, None if bias is None else bias.detach())
-        special = method.on == "update" and not is_plain(layer, adapter)
+        special = method.on == "update" and not is_sum(layer, adapter)
         parts.append(Part(factors, weight, dense_update(layer, adapter) if special else None))
     return parts
 
