@@ -16,6 +16,7 @@ from torch import nn
 
 from lamina.checkpoint.origin import PREFIX, WRAPPERS
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+from lamina.engine.layers.parameter import wrappers
 from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 
@@ -72,12 +73,23 @@ def slots(
 
 
 def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
-    if isinstance(layer, LoraLayer) and adapter in layer.records:
-        for leaf, parameter in layer.tensors(adapter).items():
-            yield Slot(name, leaf, "factor", parameter, _factor_setter(layer, adapter, leaf))
+    for inside, part in parts(layer, name, adapter):
+        for leaf, parameter in part.tensors(adapter).items():
+            yield Slot(inside, leaf, "factor", parameter, _factor_setter(part, adapter, leaf))
     if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
         for leaf, tensor in layer.tensors(adapter).items():
             yield Slot(name, leaf, "saved", tensor, _saved_setter(layer, adapter, leaf))
+
+
+def parts(module: nn.Module, name: str, adapter: str) -> Iterable[tuple[str, LoraLayer]]:
+    """(name on disk, layer) of all that holds factors of an adapter at one place.
+
+    Of the wrappers of several parameters, only those count that the adapter is in: a file of it
+    alone has no others.
+    """
+    chain = [*wrappers(module)] or [module]
+    here = [part for part in chain if isinstance(part, LoraLayer) and adapter in part.records]
+    return [(name + ".base_layer" * depth, part) for depth, part in enumerate(here)]
 
 
 def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import Slot, is_double, map_keys, respelt_bias, slots
+from lamina.checkpoint.keys import Slot, is_double, map_keys, parts, respelt_bias, slots
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer
@@ -106,9 +106,9 @@ def _begin_unfilled(
     if not unfilled:
         return
     for place in places(model):
-        layer = place.module
-        if place.name in unfilled and isinstance(layer, LoraLayer):
-            layer.initialise(adapter, layer.adapter_state.configs[adapter].init_lora_weights)
+        for name, layer in parts(place.module, place.name, adapter):
+            if name in unfilled:
+                layer.initialise(adapter, layer.adapter_state.configs[adapter].init_lora_weights)
 
 
 @torch.no_grad()

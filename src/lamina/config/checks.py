@@ -72,7 +72,10 @@ def faults_of_targets(config: Any) -> list[str]:
                 faults.append(f"{name} can't be combined with a string as target_modules")
     if config.layers_pattern and config.layers_to_transform is None:
         faults.append("layers_pattern says where layers are, layers_to_transform which: set it")
-    if config.target_modules is not None and not config.target_modules:
+    parameters = config.target_parameters
+    if parameters is not None and not _is_names(parameters):
+        faults.append(f"target_parameters={parameters!r}: a list of strings")
+    if config.target_modules is not None and not (config.target_modules or parameters):
         faults.append("target_modules is empty; leave it at None for the usual ones")
     return faults
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 
 from torch import nn
 
 from lamina.config import LoraConfig
+from lamina.engine.init import changes_base
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, lora_layers, saved_modules
+from lamina.engine.layers.parameter import wrapped, wrappers
 from lamina.engine.names import Place, places, unadapted, within
+from lamina.engine.parameters import endings
 from lamina.engine.state import AdapterState
-from lamina.engine.targets import Plan, make_plan
+from lamina.engine.targets import LayerPlan, Plan, make_plan
 from lamina.engine.trainability import apply_trainability, freeze_base
 from lamina.errors import FoldError
 
@@ -55,11 +59,10 @@ def inject(
         config.target_modules = set(plan.counts)
     for layer_plan in plan.layers:
         place = by_name[layer_plan.name]
-        layer = place.module
-        if not isinstance(layer, LoraLayer):
-            layer = layer_plan.kind(place.original, state)
-            _put(occupied[id(place.original)], layer)
-        init = config.init_lora_weights if initialise else None
+        layer = _layer_for(layer_plan, place, occupied[id(place.original)], state)
+        # What an initialisation changes in the base has to be changed before a file is loaded too.
+        wanted = initialise or changes_base(config.init_lora_weights)
+        init = config.init_lora_weights if wanted else None
         layer.add_adapter(name, layer_plan.record, init=init, upcast=upcast)
     for saved in plan.saved:
         _save_module(by_name[saved], occupied, name, state)
@@ -67,7 +70,36 @@ def inject(
     if adopted:
         state.biases.adopt(name, adopted)
     apply_trainability(model, state, {name})
+    _warn_skipped(plan)
     return plan
+
+
+def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: AdapterState) -> LoraLayer:
+    """The layer that takes up an adapter; it is put into the model if it isn't there yet."""
+    if plan.parameter is not None:
+        outermost, layer = wrapped(_now(place), plan.parameter, state)
+        _put(spots, outermost)
+        return layer
+    if isinstance(place.module, LoraLayer):
+        return place.module
+    layer = plan.kind(place.original, state)
+    _put(spots, layer)
+    return layer
+
+
+def _now(place: Place) -> nn.Module:
+    """What is at a place by now: it may have been wrapped since the place was looked up."""
+    now: nn.Module = getattr(place.parent, place.child)
+    return now
+
+
+def _warn_skipped(plan: Plan) -> None:
+    if plan.skipped:
+        warnings.warn(
+            f'"all-linear" leaves out {len(plan.skipped)} parameters that hold experts, such as '
+            f"{plan.skipped[0]}; target_parameters={endings(plan.skipped)} takes them in.",
+            stacklevel=3,
+        )
 
 
 def _save_module(
@@ -149,7 +181,8 @@ def strip_idle(model: nn.Module) -> None:
     """Put the base layers back where no adapter is left."""
     for place in list(places(model)):
         module = place.module
-        idle = (isinstance(module, LoraLayer) and not module.records) or (
+        layers = [*wrappers(module)] or [module]
+        idle = all(isinstance(layer, LoraLayer) and not layer.records for layer in layers) or (
             isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save
         )
         if idle and place.parent is not None:

@@ -12,11 +12,12 @@ from torch import nn
 from lamina.config import ALL_LINEAR, LoraConfig
 from lamina.config.patterns import matching
 from lamina.engine.conflicts import conflicts
-from lamina.engine.faults import plan_error, silent_patterns, unsupported
+from lamina.engine.faults import init_error, plan_error, silent_patterns, unsupported
 from lamina.engine.init import initialisation
-from lamina.engine.layers import LayerAdapter, LoraLayer, layer_class
+from lamina.engine.layers import LayerAdapter, LoraLayer, ParamWrapper, layer_class
 from lamina.engine.linears import head_names, linear_names
 from lamina.engine.names import Place, places, suffixes, within
+from lamina.engine.parameters import ParameterHit, find_parameters, skipped_experts, why_not
 
 # What is usual, by the names that an architecture's attention has; the first that fits is taken.
 _USUAL_TARGETS = (
@@ -33,14 +34,28 @@ _USUAL_TARGETS = (
     ("to_q", "to_v"),
 )
 
+# Fields whose every pattern has to match something, beside target_modules.
+_CHECKED = (
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+)
+_WITHOUT_BIAS = {"embedding": "an embedding", "experts": "adapted by its parameters"}
+
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to adapt: its plain name, the class that adapts it, its numbers."""
+    """One layer to adapt: its plain name, the class that adapts it, its numbers.
+
+    `parameter` names the parameter, where one is adapted by itself.
+    """
 
     name: str
     kind: type[LoraLayer]
     record: LayerAdapter
+    parameter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +66,13 @@ class Plan:
         layers: the layers to adapt, in the model's order.
         saved: plain names of the modules to train whole.
         counts: how many layers each pattern of `target_modules` hit.
+        skipped: plain names of expert parameters that "all-linear" doesn't take in.
     """
 
     layers: tuple[LayerPlan, ...]
     saved: tuple[str, ...]
     counts: dict[str, int]
+    skipped: tuple[str, ...] = ()
 
 
 def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Plan:
@@ -70,7 +87,6 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
         TargetError: with everything that is wrong; UnsupportedTargetError if a pattern hits
             something that can't be adapted.
     """
-    initialisation(config.init_lora_weights)
     everything = list(places(model))
     finder = _Finder(config, everything, model)
     layers = []
@@ -83,11 +99,28 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
         layer = finder.plan(place, patterns)
         if layer is not None:
             layers.append(layer)
+    hits = find_parameters(everything, frozenset(config.target_parameters or ()))
+    layers += finder.plan_parameters(hits, {layer.name for layer in layers})
     faults = finder.faults(strict=strict)
     faults += conflicts(everything, [layer.name for layer in layers], finder.saved)
+    if finder.init_faults:
+        raise init_error(finder.init_faults, [*finder.unsupported, *faults], config)
     if faults or finder.unsupported:
         raise plan_error(faults, finder.unsupported, linear_names(everything, model), config)
-    return Plan(tuple(layers), tuple(finder.saved), dict(finder.counts))
+    skipped = skipped_experts(everything, hits) if finder.targets == ALL_LINEAR else ()
+    return Plan(tuple(layers), tuple(finder.saved), dict(finder.counts), tuple(skipped))
+
+
+def _holders(everything: Iterable[Place]) -> dict[int, list[str]]:
+    """id of a weight -> the names of the modules that hold it."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    seen: set[int] = set()
+    for place in everything:
+        weight = place.original._parameters.get("weight")
+        if weight is not None and id(place.original) not in seen:
+            seen.add(id(place.original))
+            holders[id(weight)].append(place.name)
+    return holders
 
 
 class _Finder:
@@ -104,6 +137,10 @@ class _Finder:
         self.layer_indices: set[int] = set()
         self.unsupported: list[str] = []
         self.other_faults: list[str] = []
+        # What keeps layers from beginning as asked, and what mends it.
+        self.init_faults: dict[str, str] = {}
+        self.init = initialisation(config.init_lora_weights)
+        self.holders = _holders(everything) if self.init.changes_base else {}
         self.attention = {
             place.name for place in everything if isinstance(place.original, nn.MultiheadAttention)
         }
@@ -114,7 +151,8 @@ class _Finder:
     def _targets(self, model: nn.Module) -> Collection[str] | str:
         targets = self.config.target_modules
         if targets is None:
-            return usual_targets(self.names)
+            # Who names parameters means these, not what is usual beside them.
+            return () if self.config.target_parameters else usual_targets(self.names)
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             self.all_linear = set(linear_names(self.everything, model))
             return ALL_LINEAR
@@ -175,29 +213,62 @@ class _Finder:
                 unsupported(place.name, place.original, patterns[0], parent in self.attention)
             )
             return None
-        r = int(self._lookup("rank_pattern", place.name, self.config.r))
-        alpha = self._lookup("alpha_pattern", place.name, self.config.lora_alpha)
-        record = LayerAdapter.of(self.config, r, alpha, place.name)
+        record = self._record(place.name)
         self._check_layer(place, kind, record)
         return LayerPlan(place.name, kind, record)
 
+    def plan_parameters(
+        self, hits: Iterable[ParameterHit], adapted: Collection[str]
+    ) -> list[LayerPlan]:
+        """The plans for parameters that are hit; what can't be adapted becomes a fault."""
+        plans = []
+        for hit in hits:
+            self.used["target_parameters"].update(hit.patterns)
+            reason = why_not(hit, adapted)
+            record = self._record(hit.name)
+            if reason is not None:
+                self.other_faults.append(reason)
+                continue
+            self._check_layer(hit.place, ParamWrapper, record)
+            plans.append(LayerPlan(hit.place.name, ParamWrapper, record, hit.parameter))
+        return plans
+
+    def _record(self, name: str) -> LayerAdapter:
+        r = int(self._lookup("rank_pattern", name, self.config.r))
+        alpha = self._lookup("alpha_pattern", name, self.config.lora_alpha)
+        return LayerAdapter.of(self.config, r, alpha, name)
+
     def _check_layer(self, place: Place, kind: type[LoraLayer], record: LayerAdapter) -> None:
-        groups = getattr(place.original, "groups", 1)
+        groups = getattr(place.original, "groups", 1) if kind.kind == "conv" else 1
         if record.r % groups:
             self.other_faults.append(
                 f"{place.name} is a convolution with {groups} groups, which don't divide "
                 f"r={record.r}"
             )
-        if kind.kind not in initialisation(self.config.init_lora_weights).kinds:
+        self._check_beginning(place, kind, record)
+        reason = record.variant.why_not(kind.kind, place.original, self.config, place.name)
+        if reason:
+            self.other_faults.append(f"{place.name}: {reason}")
+        if kind.kind in _WITHOUT_BIAS and self.config.lora_bias:
+            what = _WITHOUT_BIAS[kind.kind]
+            self.other_faults.append(f"{place.name} is {what}, which can't have a lora_bias")
+
+    def _check_beginning(self, place: Place, kind: type[LoraLayer], record: LayerAdapter) -> None:
+        if kind.kind not in self.init.kinds:
             self.other_faults.append(
                 f"init_lora_weights={self.config.init_lora_weights!r} is not made for "
                 f"{kind.kind} layers such as {place.name}"
             )
-        reason = record.variant.why_not(kind.kind, place.original, self.config, place.name)
-        if reason:
-            self.other_faults.append(f"{place.name}: {reason}")
-        if kind.kind == "embedding" and self.config.lora_bias:
-            self.other_faults.append(f"{place.name} is an embedding, which can't have a lora_bias")
+            return
+        fault = self.init.why_not(kind.kind, place.original, record)
+        if fault:
+            self.init_faults[f"{place.name}: {fault.reason}"] = fault.cure
+        weight = id(place.original._parameters.get("weight"))
+        tied = [name for name in self.holders.get(weight, ()) if name != place.name]
+        if tied and kind.kind == "linear":
+            self.init_faults[f"{place.name}: its weight is tied to {tied[0]}, and would change"] = (
+                "leave it out of target_modules, or untie the weights"
+            )
 
     def _lookup(self, field: str, name: str, default: float) -> float:
         table: dict[str, float] = getattr(self.config, field)
@@ -213,10 +284,12 @@ class _Finder:
         faults = list(self.other_faults)
         if not strict:
             return faults
-        if not self.targets:
+        if self.config.target_modules is None and not (
+            self.targets or self.config.target_parameters
+        ):
             faults.append("target_modules is None, and this architecture has no usual ones")
         faults += self._silent("target_modules", self.targets)
-        for field in ("exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        for field in _CHECKED:
             faults += self._silent(field, getattr(self.config, field) or ())
         return faults + self._silent_layers()
 

@@ -199,8 +199,24 @@ def _chain_faults(
     return faults
 
 
+# What lies in a file otherwise than as ranks of modules.
+_NO_RANKS = ("target_parameters", "trainable_token_indices", "layer_replication")
+
+
 def _check_one_file(model: PeftModel) -> None:
     """Refuse now what could not be saved as one adapter after training."""
+    faults = [
+        f"{name!r}: {field}={getattr(config, field)!r}"
+        for name, config in model.peft_config.items()
+        for field in _NO_RANKS
+        if getattr(config, field)
+    ]
+    if faults:
+        raise StageError(
+            "These can't be laid beside other stages in one file yet.",
+            faults=faults,
+            cure="train without stages: get_peft_model and save_pretrained",
+        )
     embeddings = [path for path, layer in lora_layers(model) if layer.is_embedding]
     biased = [name for name, config in model.peft_config.items() if config.lora_bias]
     if embeddings and biased:

@@ -32,7 +32,8 @@ def gaussian(layer: Begun, adapter: str) -> None:
     if layer.is_embedding:
         _embedding(A_RI, B_OR)
         return
-    nn.init.normal_(A_RI, std=1 / A_RI.shape[0])
+    # Not by A's shape: with experts it has their ranks side by side.
+    nn.init.normal_(A_RI, std=1 / layer.records[adapter].r)
     nn.init.zeros_(B_OR)
 
 

@@ -10,6 +10,7 @@ from lamina.engine.layers.base import LayerAdapter, LoraLayer
 from lamina.engine.layers.conv import Conv1d, Conv2d, Conv3d
 from lamina.engine.layers.embedding import Embedding
 from lamina.engine.layers.linear import Linear, is_conv1d
+from lamina.engine.layers.parameter import ParamWrapper
 from lamina.engine.layers.saved import ModulesToSaveWrapper
 from lamina.engine.layers.walk import lora_layers, saved_modules
 
@@ -22,6 +23,7 @@ __all__ = [
     "Linear",
     "LoraLayer",
     "ModulesToSaveWrapper",
+    "ParamWrapper",
     "is_linear",
     "layer_class",
     "lora_layers",
