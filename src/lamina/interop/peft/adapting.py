@@ -9,6 +9,7 @@ from torch import nn
 
 from lamina.interop.peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from lamina.interop.peft.facade import PeftModel
+from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from lamina.interop.peft.tuner import BaseTunerLayer
 
@@ -33,6 +34,7 @@ def get_peft_model(
         revision: of the base model, to be recorded.
         low_cpu_mem_usage: leave the adapter's weights on the meta device, to be loaded.
     """
+    refuse_foreign(peft_config)
     _record_base(model, peft_config, revision)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type)
     if prefix and adapter_name in prefix:

@@ -13,6 +13,7 @@ from transformers.utils import PushToHubMixin
 
 from lamina import model as native
 from lamina.interop.peft import card, reading, saving
+from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from lamina.interop.peft.standing import StandsFor
 from lamina.interop.peft.tensors import LoadResult
@@ -44,6 +45,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
+        refuse_foreign(peft_config)
         self._complete(model, peft_config)
         self.base_model = LoraModel(
             model,
@@ -180,6 +182,27 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         return type(self.get_base_model())
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """adapter -> config."""
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        self.base_model.peft_config = value
+
+    def get_layer_status(self) -> list[Any]:
+        """The state of every adapted layer."""
+        from lamina.interop.peft.status import get_layer_status
+
+        return list(get_layer_status(self))
+
+    def get_model_status(self) -> Any:
+        """The state of the whole."""
+        from lamina.interop.peft.status import get_model_status
+
+        return get_model_status(self)
 
     # --- adapters ----------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
-from lamina.interop.peft.lora_config import LoraConfig
 from lamina.interop.peft.matching import (
     ExcludedModule,
     check_target_module_exists,
@@ -23,6 +24,7 @@ from lamina.interop.peft.types import NoMatchingPeftModuleError
 if TYPE_CHECKING:
     from lamina.interop.peft.tuner import LoraModel
 
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _NUMBERS = ("rank_pattern", "alpha_pattern")
 
 
@@ -51,6 +53,7 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         ValueError: the architecture has no usual targets.
     """
     _refuse(config)
+    _refuse_saved_containers(tuner, config)
     _set_usual(tuner, config)
     maybe_include_all_linear_layers(config, tuner.model)
     names = [place.name for place in places(tuner.model) if place.name]
@@ -73,12 +76,21 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
 
 
 def _refuse(config: Any) -> None:
-    if not isinstance(config, LoraConfig):
+    if not hasattr(config, "late_faults"):
         return
     config.refuse_unsupported()
     faults = config.late_faults()
     if faults:
         raise ConfigError(faults[0], faults=faults[1:])
+
+
+def _refuse_saved_containers(tuner: LoraModel, config: Any) -> None:
+    wanted = tuple(config.modules_to_save or ())
+    for place in places(tuner.model) if wanted else ():
+        if place.name.endswith(wanted) and isinstance(place.original, _CONTAINERS):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(place.original)}"
+            )
 
 
 def _set_usual(tuner: LoraModel, config: Any) -> None:

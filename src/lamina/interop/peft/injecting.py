@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import PEFT_TYPE_TO_TUNER_MAPPING
 
 
@@ -28,6 +29,7 @@ def inject_adapter_in_model(
     Raises:
         ValueError: the method can't be injected.
     """
+    refuse_foreign(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ValueError("`create_and_replace` does not support prompt learning yet.")
     kind = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)

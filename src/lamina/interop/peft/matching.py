@@ -102,7 +102,11 @@ def find_minimal_target_modules(
     if "" in targets:
         raise ValueError("target_modules should not contain an empty string.")
     if targets & others:
-        raise ValueError("target_modules and other_module_names contain common elements.")
+        raise ValueError(
+            "target_modules and other_module_names contain common elements, this should not "
+            "happen, please open a GitHub issue at https://github.com/huggingface/peft/issues with "
+            "the code to reproduce this issue"
+        )
     taken = {ending for name in others for ending in suffixes(name)}
     chosen: set[str] = set()
     for name in sorted(targets, key=lambda name: list(reversed(list(suffixes(name))))):

@@ -1,10 +1,13 @@
 """What stands for the parts of peft that Lamina doesn't have.
 
 A placeholder can be imported, compared and asked for by `isinstance`; using it is one clear error.
+Configs can be built too, since they are read from files and held by modules; applying one is the
+error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +16,7 @@ from torch import nn
 
 from lamina.errors import UnsupportedMethodError
 from lamina.interop.peft.bases import base_of
+from lamina.interop.peft.config import PeftConfig
 
 # Enumerations that scripts and tests read the members of, at import.
 _CHOICES = {
@@ -49,23 +53,54 @@ def placeholder(where: str, name: str) -> Any:
     return _function(where, name)
 
 
+def refuse_foreign(config: Any) -> None:
+    """Raise if a config is of a method that Lamina doesn't have.
+
+    Raises:
+        UnsupportedMethodError: it is.
+    """
+    refuse = getattr(config, "refuse", None)
+    if callable(refuse):
+        refuse()
+
+
 def _class(where: str, name: str) -> type:
+    """A class that can't be built; a config can, and is refused when it is applied."""
+
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise refusal(where, name)
 
-    def refuse_reading(cls: Any, *args: Any, **kwargs: Any) -> None:
-        raise refusal(where, name)
-
-    body = {
+    base = base_of(where, name)
+    body: dict[str, Any] = {
         "__init__": refuse,
         "__module__": where,
         "__doc__": f"`{name}` of a method that Lamina doesn't have.",
-        "from_pretrained": classmethod(refuse_reading),
     }
-    base = base_of(where, name)
-    if issubclass(base, nn.Module):
-        body["forward"] = refuse
+    if issubclass(base, PeftConfig):
+        body.update(__init__=_remember, to_dict=_remembered, peft_method=_method(where))
+        body.update(refuse=refuse)
+    elif issubclass(base, nn.Module):
+        body.update(forward=refuse)
     return type(base)(name, (base,), body)
+
+
+def _method(where: str) -> str:
+    return where.split(".")[2].upper() if where.count(".") > 1 else ""
+
+
+def _remember(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Hold the settings: files with them can be read, and modules that name them imported."""
+    for entry in dataclasses.fields(PeftConfig):
+        setattr(self, entry.name, entry.default)
+    self.peft_type = self.peft_method
+    self.settings = kwargs
+    for name, value in kwargs.items():
+        setattr(self, name, value)
+
+
+def _remembered(self: Any) -> dict[str, Any]:
+    own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(PeftConfig)}
+    return {**own, **self.settings, "peft_type": str(self.peft_type)}
 
 
 def _function(where: str, name: str) -> Callable[..., Any]:

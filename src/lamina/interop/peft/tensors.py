@@ -14,7 +14,8 @@ from lamina.checkpoint.report import LoadReport
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import places
-from lamina.model import get_peft_model_state_dict
+from lamina.interop.peft.types import PeftWarning
+from lamina.model import state_dict as native
 from lamina.storage.source import find_adapter
 
 __all__ = [
@@ -27,6 +28,34 @@ __all__ = [
 ]
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: Any = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by their names on disk; shards that weren't gathered warn."""
+    found = native.get_peft_model_state_dict(
+        model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers
+    )
+    flat = [
+        f"{key}: {tuple(tensor.shape)}"
+        for key, tensor in found.items()
+        if (".lora_A" in key or ".lora_B" in key) and not key.endswith("bias")
+        if tensor.dim() < 2 or not tensor.numel()
+    ]
+    if flat:
+        warnings.warn(
+            f"Adapter {adapter_name!r}: {len(flat)} LoRA tensor(s) have invalid shape, such as "
+            f"{flat[0]}. Probably DeepSpeed ZeRO-3 / FSDP shards were not gathered before saving, "
+            "so that they are incomplete.",
+            PeftWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 class LoadResult(NamedTuple):

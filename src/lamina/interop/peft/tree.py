@@ -175,7 +175,11 @@ _LORA = (
 )
 
 TREE: dict[str, dict[str, str]] = {
-    "peft.auto": _at(f"{_OWN}.auto", f"{_AUTO_MODELS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
+    "peft.auto": _at(
+        f"{_OWN}.auto",
+        f"{_AUTO_MODELS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING check_import_allowlist "
+        "get_default_import_allowlist",
+    ),
     "peft.config": _at(
         f"{_OWN}.config",
         "CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS PeftConfig PeftConfigMixin PromptLearningConfig "
@@ -216,7 +220,7 @@ TREE: dict[str, dict[str, str]] = {
     ),
     "peft.peft_model": {
         **_at(f"{_OWN}.model", _PEFT_MODELS),
-        **_at("lamina.model.status", f"{_STATUS} TunerLayerStatus TunerModelStatus"),
+        **_at(f"{_OWN}.status", f"{_STATUS} TunerLayerStatus TunerModelStatus"),
         **_at("peft.config", "PeftConfig PromptLearningConfig"),
         **_at(
             "peft.utils", f"{_SAVE_AND_LOAD} PeftType TaskType ModulesToSaveWrapper infer_device"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,20 @@ from lamina.errors import FoldError
 from lamina.interop.peft import constants, switching
 from lamina.interop.peft.fitting import fit, warn_misfits
 from lamina.interop.peft.matching import check_target_module_exists
+from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
+
+_TIED = """The model ties its embeddings (`tie_word_embeddings=True`), and tied_target_modules={tied} \
+are part of the adapter: what is folded into one changes the other. Untie them before:
+```python
+model = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False)
+model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
+model.save_pretrained(untied_model_dir)
+
+# Now use the original model but in untied format
+model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
+```
+"""
 
 
 class BaseTunerLayer(metaclass=StandsFor):
@@ -37,7 +51,11 @@ class BaseTuner(nn.Module, metaclass=StandsFor):
     def get_model_config(model: Any) -> dict[str, Any]:
         """A model's config as a dict; a stand-in for models without one."""
         config = getattr(model, "config", constants.DUMMY_MODEL_CONFIG)
-        found: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else config
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+            config = dataclasses.asdict(config)
+        found: dict[str, Any] = config
         return found
 
 
@@ -135,6 +153,20 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
                 "adapters, set bias to 'none' for all adapters."
             )
 
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """adapter -> config."""
+        return self.adapter_state.configs
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        if value is not self.adapter_state.configs:
+            self.adapter_state.configs.clear()
+            self.adapter_state.configs.update(value)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return names_tied_with_embedding(self.model)
+
     # --- switching ---------------------------------------------------------------------------
 
     @property
@@ -196,11 +228,26 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain model with adapters folded in for good."""
+        self._warn_if_tied()
         return self._unconfigured(super().merge_and_unload(*args, **kwargs))
 
     def unload(self) -> nn.Module:
         """The plain model as it was before it was adapted."""
         return self._unconfigured(super().unload())
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Fold adapters into the base weights, reversibly."""
+        self._warn_if_tied()
+        super().merge_adapter(*args, **kwargs)
+
+    def _warn_if_tied(self) -> None:
+        """Folding into one of two tied weights changes the other one."""
+        if not self.get_model_config(self.model).get("tie_word_embeddings"):
+            return
+        ends = constants.EMBEDDING_LAYER_NAMES
+        tied = [n for n in self.targeted_module_names if n.rpartition(".")[2] in ends]
+        if tied:
+            warnings.warn(_TIED.format(tied=tied), stacklevel=3)
 
     def _unconfigured(self, model: nn.Module) -> nn.Module:
         if "peft_config" in model.__dict__:
