@@ -19,6 +19,7 @@ from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.layers.parameter import wrappers
 from lamina.engine.names import places
 from lamina.engine.state import AdapterState
+from lamina.engine.variants import disk_leaf, places_of_variants
 
 _PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\..+)$")
@@ -164,11 +165,13 @@ def disk_key(key: str, adapter: str) -> str | None:
     """The name on disk of an entry of a model's `state_dict`; None if it isn't of this adapter."""
     key = WRAPPERS.sub("", key)
     parts = key.split(".")
+    inside_layers = {*_PLACES, *places_of_variants()}
     for index, part in enumerate(parts[:-1]):
         if parts[index + 1] != adapter:
             continue
-        if part in _PLACES:
-            return ".".join([*parts[: index + 1], *parts[index + 2 :]])
+        if part in inside_layers:
+            leaf = disk_leaf(".".join([part, *parts[index + 2 :]]))
+            return ".".join([*parts[:index], leaf])
         if part == "modules_to_save":
             return ".".join([*parts[:index], *parts[index + 2 :]])
     return key if parts[-1] == "bias" else None

@@ -15,17 +15,22 @@ UNKNOWN = "imported"
 A_LEAVES = ("lora_A.weight", "lora_embedding_A")
 B_LEAVES = ("lora_B.weight", "lora_embedding_B")
 LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
+# What a variant of LoRA keeps beside A and B is named like them: `lora_magnitude_vector`.
+_OF_VARIANT = re.compile(r"^(.+)\.(lora_[A-Za-z_]+(?:\.weight|\.bias)?)$")
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )
 _NAMED_FACTOR = re.compile(r"\.(lora_A|lora_B)\.([^.]+)\.(weight|bias)$")
 _NAMED_EMBEDDING = re.compile(r"\.(lora_embedding_[AB])\.([^.]+)$")
+# DoRA's magnitude, as it is named inside a model.
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?\.weight$")
 
 
 def plain_key(key: str) -> str:
     """A name from a file without what torch's wrappers and adapter names put into it."""
     key = WRAPPERS.sub("", key)
     key = _NAMED_FACTOR.sub(r".\1.\3", key)
+    key = _MAGNITUDE.sub(".lora_magnitude_vector", key)
     return _NAMED_EMBEDDING.sub(r".\1", key)
 
 
@@ -35,7 +40,8 @@ def split_key(key: str) -> tuple[str, str | None]:
     for leaf in LEAVES:
         if plain.endswith(f".{leaf}"):
             return plain[: -len(leaf) - 1], leaf
-    return plain, None
+    of_variant = _OF_VARIANT.match(plain)
+    return (of_variant[1], of_variant[2]) if of_variant else (plain, None)
 
 
 def ranks_in(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -44,7 +44,28 @@ def faults_of_choices(config: Any) -> list[str]:
             faults.append(f"{name}={value!r}: a string or a list of strings")
     if config.modules_to_save is not None and not _is_names(config.modules_to_save):
         faults.append(f"modules_to_save={config.modules_to_save!r}: a list of strings")
-    return faults + faults_of_patterns(config)
+    return faults + faults_of_patterns(config) + faults_of_variants(config)
+
+
+def faults_of_variants(config: Any) -> list[str]:
+    """Faults of what makes an adapter more than plain LoRA."""
+    faults = []
+    if not isinstance(config.use_dora, bool):
+        faults.append(f"use_dora={config.use_dora!r}: True or False")
+    if config.use_dora and config.lora_bias:
+        faults.append("lora_bias=True is not supported for DoRA, please pass use_dora=False")
+    if config.use_dora and config.megatron_config:
+        faults.append("DoRA does not support megatron_core, please set use_dora=False")
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return faults
+    if not isinstance(tokens, (list, tuple)) or not tokens or not all(map(_is_token, tokens)):
+        faults.append(f"alora_invocation_tokens={tokens!r}: a list of token ids, at least one")
+    if config.use_dora:
+        faults.append(
+            "Invalid or unsupported variant combination: use_dora and alora_invocation_tokens"
+        )
+    return faults
 
 
 def faults_of_patterns(config: Any) -> list[str]:
@@ -86,6 +107,10 @@ def _items(pattern: Any) -> list[tuple[str, Any]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_names(value: object) -> bool:

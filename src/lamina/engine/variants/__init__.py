@@ -9,10 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lamina.config import LoraConfig
+from lamina.engine.variants.alora import ALora
 from lamina.engine.variants.base import Variant
+from lamina.engine.variants.dora import Dora
 from lamina.engine.variants.plain import PlainLora
 
-__all__ = ["PlainLora", "Variant", "register", "variant_for"]
+__all__ = [
+    "ALora",
+    "Dora",
+    "PlainLora",
+    "Variant",
+    "disk_leaf",
+    "places_of_variants",
+    "register",
+    "variant_for",
+]
 
 _VARIANTS: list[tuple[Callable[[LoraConfig], bool], Variant]] = []
 _PLAIN = PlainLora()
@@ -26,3 +37,19 @@ def register(means: Callable[[LoraConfig], bool], variant: Variant) -> None:
 def variant_for(config: LoraConfig) -> Variant:
     """The variant that a config means."""
     return next((variant for means, variant in _VARIANTS if means(config)), _PLAIN)
+
+
+def places_of_variants() -> frozenset[str]:
+    """The places where any variant keeps parameters of its own."""
+    return frozenset(place for _, variant in _VARIANTS for place in variant.places)
+
+
+def disk_leaf(leaf: str) -> str:
+    """A parameter's name on disk, from its name inside a layer without the adapter's."""
+    return next(
+        (variant.spelling[leaf] for _, variant in _VARIANTS if leaf in variant.spelling), leaf
+    )
+
+
+register(lambda config: config.use_dora, Dora())
+register(lambda config: config.alora_invocation_tokens is not None, ALora())
