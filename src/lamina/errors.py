@@ -53,6 +53,10 @@ class TargetError(LaminaError, ValueError):
     """A pattern matches nothing, or the targets can't be adapted."""
 
 
+class InitialisationError(TargetError, TypeError):
+    """Adapters of these layers can't begin as asked."""
+
+
 class UnsupportedMethodError(LaminaError, NotImplementedError):
     """A method of adapting models that is not LoRA was asked for."""
 
@@ -107,6 +111,10 @@ class PreflightError(LaminaError, RuntimeError):
 
 class OptimizerError(LaminaError, ValueError, TypeError):
     """An optimizer can't be made, stepped or restored as asked."""
+
+
+class ConversionError(LaminaError, TypeError, ValueError):
+    """What was trained another way can't be turned into a LoRA adapter."""
 
 
 class MissingExtraError(LaminaError, ImportError):

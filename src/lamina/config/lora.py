@@ -8,6 +8,7 @@ from typing import Any
 
 from lamina.config import methods
 from lamina.config.base import PeftConfig, PeftType
+from lamina.config.beginnings import faults_of_beginnings, settle_beginnings
 from lamina.config.checks import (
     faults_of_choices,
     faults_of_numbers,
@@ -54,8 +55,15 @@ class LoraConfig(PeftConfig):
         lora_bias: give B a bias of its own.
         fan_in_fan_out: the weight is stored (in x out); found out by itself for `Conv1D`.
         modules_to_save: modules trained whole and saved with the adapter, such as a new head.
-        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero) or False
-            (both random: for tests, since the adapter then changes the model from the start).
+        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), "orthogonal"
+            or False (both random: for tests, since the adapter then changes the model from the
+            start). By the base's weights: "pissa", "pissa_niter_N", "olora", "mica"; with a
+            preprocessing of the model before: "corda", "lora_ga"; or of the adapted model after:
+            "eva". "loftq" makes up for a quantisation.
+        loftq_config: a `LoftQConfig`, or the dict of it, for "loftq".
+        eva_config: an `EvaConfig`, for "eva".
+        corda_config: a `CordaConfig`, for "corda".
+        lora_ga_config: a `LoraGAConfig`, for "lora_ga".
 
     Raises:
         ConfigError: one error with everything that is wrong.
@@ -117,6 +125,7 @@ class LoraConfig(PeftConfig):
             self.modules_to_save = list(self.modules_to_save)
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
+        settle_beginnings(self)
 
     def _refuse_unsupported(self) -> None:
         asked = [name for name in NOT_SUPPORTED if not is_off(getattr(self, name))]
@@ -152,6 +161,7 @@ class LoraConfig(PeftConfig):
             *faults_of_numbers(self),
             *faults_of_choices(self),
             *faults_of_targets(self),
+            *faults_of_beginnings(self),
         ]
 
 

@@ -6,10 +6,6 @@ from __future__ import annotations
 NOT_SUPPORTED = (
     "megatron_config",
     "trainable_token_indices",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
     "velora_config",
     "use_qalora",
     "monteclora_config",

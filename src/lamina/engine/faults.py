@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.names import suffixes
-from lamina.errors import TargetError, UnsupportedTargetError, nearest
+from lamina.errors import InitialisationError, TargetError, UnsupportedTargetError, nearest
 
 _SHOWN = 8
 
@@ -61,4 +61,25 @@ def plan_error(
         f"This {type(config).__name__} doesn't fit the model: {len(faults)} fault(s).",
         faults=faults,
         cure=cure,
+    )
+
+
+def init_error(
+    init_faults: Mapping[str, str], faults: list[str], config: LoraConfig
+) -> InitialisationError:
+    """The one error for layers that can't begin as asked; other faults are told along.
+
+    Args:
+        init_faults: fault -> what mends it.
+        faults: everything else that is wrong.
+        config: the adapter to be.
+    """
+    shown = list(init_faults)[:_SHOWN]
+    if len(init_faults) > _SHOWN:
+        shown.append(f"and {len(init_faults) - _SHOWN} more layers")
+    return InitialisationError(
+        f"init_lora_weights={config.init_lora_weights!r} can't begin {len(init_faults)} layer(s); "
+        "nothing was changed.",
+        faults=[*shown, *faults],
+        cure="; ".join(dict.fromkeys(init_faults.values())),
     )

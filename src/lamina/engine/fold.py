@@ -15,6 +15,7 @@ from torch import nn
 
 from lamina.engine.inject import strip
 from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.layers.displacing import Displaced
 from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
@@ -203,19 +204,38 @@ def merge_and_unload(
     folded = _folded_by_path(model)
     if not set(folded_adapters(model)) <= set(wanted):
         unfold(model)
+    # What other adapters took out of the base has to be in it again before anything is added.
+    given = give_back(model, [name for name in state.configs if name not in wanted])
     try:
         # First: what is folded into a bias has to go into the values that stay.
         state.activate(wanted)
         fold(model, state, wanted, safe=safe, keep_unfolded=False)
     except FoldError:
+        for layer, name, taken in reversed(given):
+            layer.take(name, taken)
         state.activate(active)
         _fold_again(model, folded)
         raise
     return strip(model, keep_saved=True)
 
 
+def give_back(model: nn.Module, names: Iterable[str]) -> list[tuple[LoraLayer, str, Displaced]]:
+    """Give base weights back what the initialisations of these adapters took out of them.
+
+    Returns:
+        What was given back, to be taken again by `layer.take(name, taken)`, last one first.
+    """
+    wanted, given = list(names), []
+    for _, layer in lora_layers(model):
+        for name in [name for name in wanted if name in layer.displaced]:
+            given.append((layer, name, layer.displaced[name]))
+            layer.give_back(name)
+    return given
+
+
 def unload(model: nn.Module, state: AdapterState) -> nn.Module:
     """The plain model as it was before it was adapted."""
     unfold(model)
+    give_back(model, state.configs)
     state.biases.show(())
     return strip(model, keep_saved=False)

@@ -55,6 +55,8 @@ class AdapterState:
         folded_layers: how many layers have adapters folded in; which ones, the layers know.
         members: the layers that read this state.
         overridden: how many of them were told something else, one by one.
+        changes_stay: leave the base as initialisations changed it (PiSSA and its like), whether
+            their adapters take part or not, and also when they go; else it gets back what it had.
         routing: which rows go to which adapters in the forward that is running; mostly None.
     """
 
@@ -66,6 +68,7 @@ class AdapterState:
     folded_layers: int = 0
     members: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
     overridden: int = 0
+    changes_stay: bool = False
     routing: Routing | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from lamina.engine.weights import BaseWeight
 
@@ -16,6 +17,8 @@ class Begun(Protocol):
 
     # "linear", "embedding", "conv" ...
     kind: str
+    # The layer that is adapted; preprocessing leaves on it what the initialisation needs.
+    base_layer: Any
     # adapter -> `lamina.engine.layers.LayerAdapter`.
     records: dict[str, Any]
 
@@ -29,9 +32,40 @@ class Begun(Protocol):
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A`, shaped like the base's weight, summed in at least fp32."""
 
+    def displace(self, adapter: str, becomes: torch.Tensor | None = None) -> None:
+        """Take the adapter's update out of the base's weight, or set the weight to `becomes`."""
+
     @property
     def weight_view(self) -> BaseWeight:
         """The base's weight, to be read and written."""
+
+
+class Numbers(Protocol):
+    """An adapter's numbers in a layer, as far as an initialisation asks for them."""
+
+    r: int
+    scaling: float
+    config: Any
+
+
+WhyNot = Callable[[str, nn.Module, Numbers], "Fault | None"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an initialisation can't be used.
+
+    Attributes:
+        reason: what is wrong, as a sentence of its own.
+        cure: the call that mends it.
+    """
+
+    reason: str
+    cure: str
+
+
+def _nothing(kind: str, base: nn.Module, record: Numbers) -> Fault | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -43,8 +77,14 @@ class Initialisation:
         changes_base: whether it also changes the base's weight; then an adapter that began so
             needs the same change wherever it is loaded, or has to be converted when it is saved.
         kinds: the kinds of layers that it is made for.
+        why_not: None if a layer (its kind, its base, the adapter's numbers there) can begin so,
+            else the fault; asked before anything is changed.
+        low_rank: with `changes_base`, whether the change is the update that the adapter begins
+            with, so that an exact conversion exists.
     """
 
     begin: Callable[[Begun, str], None]
     changes_base: bool = False
     kinds: tuple[str, ...] = ("linear", "embedding", "conv", "experts", "attention")
+    why_not: WhyNot = _nothing
+    low_rank: bool = True

@@ -39,8 +39,9 @@ class LoraLayer(PeftNames):
 
         Args:
             x: the base's input.
-            args, kwargs: what else the base takes; and for this layer alone `adapter_names`, an
-                adapter for each row of `x`, and `alora_offsets`. See `lamina.engine.routing`.
+            *args: what else the base takes.
+            **kwargs: likewise; and for this layer alone `adapter_names`, an adapter for each row
+                of `x`, and `alora_offsets`. See `lamina.engine.routing`.
         """
         if not ASIDE.isdisjoint(kwargs):
             with self.adapter_state.routed(routing_of(self, kwargs)):
@@ -56,4 +57,6 @@ class LoraLayer(PeftNames):
             return add_by_rows(self, x, result, routing)
         for name in self.contributing():
             result = self.records[name].variant.add(self, name, x, result)
+        for displaced in self.lacking() if self.displaced else ():
+            result = result + displaced.output(x)
         return result.to(dtype)

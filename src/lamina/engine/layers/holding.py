@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.engine.dtypes import adapter_dtype
+from lamina.engine.dtypes import adapter_dtype, exact
 from lamina.engine.init import initialisation
 from lamina.engine.layers.record import LayerAdapter
 from lamina.engine.layers.switching import Switched
@@ -107,8 +107,9 @@ class AdapterHolder(Switched):
         self.lora_dropout[name].train(self.training)
         self.add_factors(name, record, dtype)
         record.variant.prepare(self, name, dtype)
-        for leaf in record.variant.frozen:
-            self.tensors(name)[leaf].requires_grad_(False)
+        for leaf, parameter in self.tensors(name).items():
+            if leaf in record.variant.frozen:
+                parameter.requires_grad_(False)
         if init is not None:
             self.initialise(name, init)
 
@@ -121,7 +122,8 @@ class AdapterHolder(Switched):
         for leaf, parameter in self.tensors(name).items():
             make = torch.zeros_like if leaf.endswith("bias") else torch.empty_like
             self.assign(name, leaf, make(parameter, device=device))
-        initialisation(init).begin(self, name)
+        with exact(device):
+            initialisation(init).begin(self, name)
         self.records[name].variant.begin(self, name)
 
     def delete_adapter(self, name: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.dtypes import exact
-from lamina.engine.layers.folding import Folding
+from lamina.engine.layers.displacing import Displacing
 from lamina.engine.layers.record import LayerAdapter, RecordView
 from lamina.errors import FoldError
 
@@ -19,7 +19,7 @@ _MODULE_PLACES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PARAMETER_PLACES = ("lora_embedding_A", "lora_embedding_B")
 
 
-class PeftNames(Folding):
+class PeftNames(Displacing):
     """A layer under PEFT's names; the dict-like attributes are views of the records."""
 
     other_param_names = (
@@ -77,6 +77,15 @@ class PeftNames(Folding):
         """adapter -> its variant, where it is not plain LoRA."""
         variants = {name: record.variant for name, record in self.records.items()}
         return {name: variant for name, variant in variants.items() if not variant.is_plain}
+
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, list[str]]:
+        """adapter -> its places that never train, where there are any."""
+        return {
+            name: [leaf.partition(".")[0] for leaf in record.variant.frozen]
+            for name, record in self.records.items()
+            if record.variant.frozen
+        }
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter's scaling `scale` times what its rank and alpha give."""

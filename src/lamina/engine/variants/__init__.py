@@ -12,6 +12,7 @@ from lamina.config import LoraConfig
 from lamina.engine.variants.alora import ALora
 from lamina.engine.variants.base import Variant
 from lamina.engine.variants.dora import Dora
+from lamina.engine.variants.mica import MicaLora, is_mica
 from lamina.engine.variants.plain import PlainLora
 
 __all__ = [
@@ -53,3 +54,4 @@ def disk_leaf(leaf: str) -> str:
 
 register(lambda config: config.use_dora, Dora())
 register(lambda config: config.alora_invocation_tokens is not None, ALora())
+register(is_mica, MicaLora())
