@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lamina.engine.inject import find_state
 from lamina.errors import OptimizerError
 from lamina.optim.checks import check_number, refuse
+from lamina.optim.experts import apart_A, apart_B, experts_of, together_B
 from lamina.optim.factors import Pair, factor, owner, pairs
 
 # Keeps the r x r matrix of an A of dependent rows invertible.
@@ -35,7 +36,8 @@ class LoraFAOptimizer(Optimizer):
 
     Args:
         params: groups that hold, beside `params`, their `names` in the model and
-            `scaling_factors`, one for each (None where there is none).
+            `scaling_factors`, one for each (None where there is none); and `experts`, if any of
+            them holds the factors of several.
         lr: the learning rate.
         betas: the decays of the running averages of the gradient and of its square.
         eps: added to the denominator.
@@ -120,8 +122,10 @@ class LoraFAOptimizer(Optimizer):
         a, b = group["params"][pair.a], group["params"][pair.b]
         # An adapter that isn't active now has none.
         if b.grad is not None:
+            experts = group["experts"][pair.b] if "experts" in group else 1
             # Where B @ A is multiplied by zero, the gradient is zero too.
-            self._adamw(group, key, b, projected(b.grad, a, scaling) if scaling else b.grad, "_B")
+            grad = projected(b.grad, a, scaling, experts) if scaling else b.grad
+            self._adamw(group, key, b, grad, "_B")
 
     def _adamw(
         self, group: dict[str, Any], key: str, p: nn.Parameter, grad: torch.Tensor, suffix: str
@@ -174,7 +178,12 @@ class LoraFAOptimizer(Optimizer):
                 faults=faults,
                 cure="make the optimizer over a model adapted as it was when the state was saved",
             )
+        experts = [group.get("experts") for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
+        # A state that peft has saved doesn't say it.
+        for group, counts in zip(self.param_groups, experts, strict=True):
+            if counts is not None:
+                group["experts"] = counts
         owners = dict(self._owners())
         # torch moves and casts only what is kept by parameter.
         kept: dict[Any, dict[str, Any]] = self.state
@@ -191,28 +200,30 @@ class LoraFAOptimizer(Optimizer):
                 yield key, group["params"][pair.b]
 
 
-def projected(grad: torch.Tensor, a: torch.Tensor, scaling: float) -> torch.Tensor:
+def projected(
+    grad: torch.Tensor, a: torch.Tensor, scaling: float, experts: int = 1
+) -> torch.Tensor:
     """`grad (A Aᵀ + 1e-8 I)⁻¹ / scaling²`, shaped like `grad`, in its dtype.
 
     Args:
         grad: the gradient of B, out x r; of a convolution in groups, out x r/groups x 1.
         a: A, r x in, or r x in x kernel.
         scaling: by which B @ A is multiplied.
+        experts: how many experts' factors lie side by side; each is projected by its own A.
     """
+    if experts > 1:
+        product = _times_inverse(apart_B(grad, experts), apart_A(a, experts))
+        return ((1 / scaling**2) * together_B(product)).to(grad.dtype)
     flat = grad.flatten(1)
-    groups = a.shape[0] // flat.shape[1]
-    rows = a.flatten(1)
-    parts = [
-        (1 / scaling**2) * _times_inverse(grads, factor_A)
-        for grads, factor_A in zip(flat.chunk(groups), rows.chunk(groups), strict=True)
-    ]
-    return torch.cat(parts).reshape(grad.shape).to(grad.dtype)
+    groups = (a.shape[0] // flat.shape[1], -1)
+    product = _times_inverse(flat.unflatten(0, groups), a.flatten(1).unflatten(0, groups))
+    return ((1 / scaling**2) * product).reshape(grad.shape).to(grad.dtype)
 
 
 def _times_inverse(grad: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     wide = a.to(torch.promote_types(a.dtype, torch.float32))
-    identity = torch.eye(wide.shape[0], device=wide.device, dtype=wide.dtype)
-    inverse = torch.linalg.pinv(wide @ wide.T + _DAMPING * identity)
+    identity = torch.eye(wide.shape[-2], device=wide.device, dtype=wide.dtype)
+    inverse = torch.linalg.pinv(wide @ wide.mT + _DAMPING * identity)
     dtype = wide.dtype
     if dtype != torch.float64 and is_bf16_available():
         dtype = torch.bfloat16
@@ -277,6 +288,9 @@ def create_lorafa_optimizer(
         "betas": (0.9, 0.999),
         "weight_decay": weight_decay,
     }
+    experts = [_experts(model, name) for name, _ in named]
+    if any(count > 1 for count in experts):
+        group["experts"] = experts
     return LoraFAOptimizer([group])
 
 
@@ -304,6 +318,11 @@ def _scaling(model: nn.Module, name: str) -> float | None:
     layer, adapter = owned
     scalings = getattr(model.get_submodule(layer), "scaling", None)
     return scalings.get(adapter) if isinstance(scalings, Mapping) else None
+
+
+def _experts(model: nn.Module, name: str) -> int:
+    known = factor(name)
+    return 1 if known is None else experts_of(model, known.layer)
 
 
 def _group_faults(group: dict[str, Any], count: int) -> list[str]:

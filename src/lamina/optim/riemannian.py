@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lamina.errors import OptimizerError
 from lamina.optim.checks import check_class, check_number, refuse
+from lamina.optim.experts import apart_A, apart_B, experts_of, together_B
 from lamina.optim.factors import factor, pairs
 
 FactorPair = tuple[nn.Parameter, nn.Parameter]
@@ -22,6 +23,11 @@ def trained_pairs(model: nn.Module) -> list[FactorPair]:
 
     Embeddings and convolutions are left out; optimizers train them as they are.
     """
+    return [(a, b) for a, b, _ in _found(model)]
+
+
+def _found(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
+    """The trained pairs, and of how many experts each is."""
     named = dict(model.named_parameters())
     names = [
         name
@@ -31,7 +37,10 @@ def trained_pairs(model: nn.Module) -> list[FactorPair]:
         and (known := factor(name)) is not None
         and not known.embedding
     ]
-    return [(named[names[pair.a]], named[names[pair.b]]) for pair in pairs(names)]
+    return [
+        (named[names[pair.a]], named[names[pair.b]], experts_of(model, pair.layer))
+        for pair in pairs(names)
+    ]
 
 
 class RiemannianPreconditioner:
@@ -43,32 +52,35 @@ class RiemannianPreconditioner:
     Args:
         lora_pairs: (A, B), r x in and out x r.
         reg: the damping.
+        experts: for each pair, of how many experts it is, each of which has metrics of its own;
+            None: of one.
     """
 
-    def __init__(self, lora_pairs: Iterable[FactorPair], reg: float) -> None:
+    def __init__(
+        self, lora_pairs: Iterable[FactorPair], reg: float, experts: Sequence[int] | None = None
+    ) -> None:
         self.lora_pairs = list(lora_pairs)
         self.reg = reg
+        self.experts = [1] * len(self.lora_pairs) if experts is None else list(experts)
 
     @torch.no_grad()
     def step(self) -> None:
         """Precondition the gradients that are there now."""
-        for a, b in self.lora_pairs:
-            wide_A, wide_B = _wide(a, b)
+        for (a, b), experts in zip(self.lora_pairs, self.experts, strict=True):
+            dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+            wide_A, wide_B = apart_A(a.to(dtype), experts), apart_B(b.to(dtype), experts)
             if a.grad is not None:
-                a.grad.copy_(self._inverse(wide_B.T @ wide_B) @ a.grad.to(wide_A.dtype))
+                metric = self._inverse(wide_B.mT @ wide_B)
+                a.grad.copy_((metric @ apart_A(a.grad.to(dtype), experts)).flatten(0, 1))
             if b.grad is not None:
-                b.grad.copy_(b.grad.to(wide_B.dtype) @ self._inverse(wide_A @ wide_A.T))
+                metric = self._inverse(wide_A @ wide_A.mT)
+                b.grad.copy_(together_B(apart_B(b.grad.to(dtype), experts) @ metric))
 
     def _inverse(self, gram: torch.Tensor) -> torch.Tensor:
-        identity = torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype)
+        identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
         # B begins as zeros: with reg=0 there is no inverse, but there is a pseudo-inverse.
         inverse: torch.Tensor = torch.linalg.pinv(gram + self.reg * identity)
         return inverse
-
-
-def _wide(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(dtype), b.to(dtype)
 
 
 def create_riemannian_optimizer(
@@ -97,7 +109,7 @@ def create_riemannian_optimizer(
     Source: Zhang, Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
     arXiv:2402.02347.
     """
-    found = trained_pairs(model)
+    found = _found(model)
     faults = [
         *(check_class(optimizer_cls) or _check_closure(optimizer_cls)),
         *check_number("lr", lr),
@@ -119,9 +131,15 @@ class _Before:
     Sharding replaces an optimizer's parameters after it was made; their places stay.
     """
 
-    def __init__(self, trained: list[nn.Parameter], found: list[FactorPair], reg: float) -> None:
+    def __init__(
+        self,
+        trained: list[nn.Parameter],
+        found: list[tuple[nn.Parameter, nn.Parameter, int]],
+        reg: float,
+    ) -> None:
         places = {id(parameter): place for place, parameter in enumerate(trained)}
-        self.places = [(places[id(a)], places[id(b)]) for a, b in found]
+        self.places = [(places[id(a)], places[id(b)]) for a, b, _ in found]
+        self.experts = [experts for _, _, experts in found]
         self.reg = reg
 
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,7 +152,7 @@ class _Before:
             )
         parameters = optimizer.param_groups[0]["params"]
         now = [(parameters[a], parameters[b]) for a, b in self.places]
-        RiemannianPreconditioner(now, self.reg).step()
+        RiemannianPreconditioner(now, self.reg, self.experts).step()
 
 
 def _check_closure(optimizer_cls: type[Optimizer]) -> list[str]:
