@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,6 +22,7 @@ from lamina.model import loading, saving
 from lamina.model.adapted import refuse_adapted
 from lamina.model.checkpointing import enable_checkpointing, hook_inputs, is_checkpointing
 from lamina.model.describe import trainable_summary
+from lamina.model.routing import routed
 from lamina.model.tuner import LoraModel
 from lamina.storage.source import PathOrId
 
@@ -297,7 +298,9 @@ class PeftModel(nn.Module):
         """The adapted model's output.
 
         It names the usual inputs, because trainers look there for the columns of the data to keep;
-        what is None is not passed on.
+        what is None is not passed on. `adapter_names` sends each row of the batch to an adapter of
+        its own, or with `"__base__"` to none; `alora_offsets` says of each row from which token on,
+        counted from the end, an aLoRA adapter acts (else it is looked up in `input_ids`).
         """
         named = {
             "input_ids": input_ids,
@@ -307,13 +310,21 @@ class PeftModel(nn.Module):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
         }
-        given = {name: value for name, value in named.items() if value is not None}
-        return self.get_base_model()(*args, **given, **kwargs)
+        given = {name: value for name, value in named.items() if value is not None} | kwargs
+        with self._routed(args, given):
+            return self.get_base_model()(*args, **given)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted model's generation."""
+        """The adapted model's generation; `adapter_names` and `alora_offsets` as of `forward`."""
         base: Any = self.get_base_model()
-        return base.generate(*args, **kwargs)
+        with self._routed(args, kwargs, generates=True):
+            return base.generate(*args, **kwargs)
+
+    def _routed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
+    ) -> AbstractContextManager[None]:
+        """The context of a call; what it says of rows and tokens is taken out of `kwargs`."""
+        return routed(self.get_base_model(), self.adapter_state, args, kwargs, generates=generates)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turn checkpointing on, and let gradients through to the adapters."""

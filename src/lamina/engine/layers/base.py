@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from lamina.engine.layers.mixing import ASIDE, add_by_rows, routing_of
 from lamina.engine.layers.outward import PeftNames
@@ -24,6 +25,11 @@ class LoraLayer(PeftNames):
         base_layer: the layer that is adapted; it stays as it is.
         state: the model's shared state.
     """
+
+    @classmethod
+    def why_not(cls, base_layer: nn.Module) -> str | None:
+        """None if this kind can adapt a module that it is registered for, else the reason."""
+        return None
 
     def contributing(self) -> list[str]:
         """The adapters that the forward has to add: active, here, and not folded in."""

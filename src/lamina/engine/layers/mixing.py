@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ def routing_of(layer: LoraLayer, kwargs: dict[str, Any]) -> Routing | None:
         return layer.adapter_state.routing
     return Routing(
         names=None if names is None else tuple(names),
-        offsets={} if offsets is None else dict.fromkeys(layer.records, list(offsets)),
+        offsets={} if offsets is None else {name: list(offsets) for name in layer.records},
     )
 
 
@@ -81,7 +81,7 @@ def by_rows(
     routing.repeats(batch)
     result: torch.Tensor | None = None
     for name in (BASE, *routing.adapters):
-        module: Callable[..., torch.Tensor] = copies[name] if name in copies else original
+        module = copies[name] if name in copies else original  # noqa: SIM401 - it has no get
         rows = routing.rows(name, batch, x.device)
         if not len(rows):
             continue
@@ -103,10 +103,21 @@ def refuse_folded(merged: Sequence[str]) -> None:
         )
 
 
-def refuse_rows(routing: Routing | None, kind: str) -> None:
+def refuse_rows(layer: LoraLayer, routing: Routing | None) -> None:
     """Raise if rows go to different adapters, in a layer that has one answer for all."""
-    if routing is not None and routing.names is not None:
+    if routing is not None and not layer.records.keys().isdisjoint(routing.adapters):
         raise RoutingError(
-            f"lora.{kind} does not support mixed adapter batches.",
+            f"lora.{type(layer).__name__} does not support mixed adapter batches yet.",
             cure="leave adapter_names out, and answer for one adapter at a time",
+        )
+
+
+def refuse_rows(layer: LoraLayer, kwargs: dict[str, Any]) -> None:
+    """Raise if a layer that mixes the rows of a batch is to send them to different adapters."""
+    routing = layer.adapter_state.routing
+    named = kwargs.get("adapter_names") or (None if routing is None else routing.names)
+    if named and set(named) & set(layer.records):
+        raise RoutingError(
+            f"lora.{type(layer).__name__} does not support mixed adapter batches yet.",
+            cure="answer for one adapter at a time: model.set_adapter(name)",
         )

@@ -11,7 +11,9 @@ from torch import nn
 
 from lamina.engine.dtypes import accumulation_dtype
 from lamina.engine.layers.base import LayerAdapter, LoraLayer
-from lamina.engine.layers.low_rank_sum import LowRankSum, Term
+from lamina.engine.layers.low_rank_sum import LowRankSum, Term, in_place_of
+from lamina.engine.layers.mixing import refuse_rows
+from lamina.engine.layers.mixing import refuse_rows, routing_of
 from lamina.engine.state import AdapterState
 from lamina.engine.weights.parameter import ParameterWeight
 
@@ -97,6 +99,7 @@ class ParamWrapper(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the sum in the parameter's place."""
+        refuse_rows(self, routing_of(self, kwargs))
         names = self.contributing()
         if not names:
             return self.base_layer(*args, **kwargs)
@@ -112,13 +115,8 @@ class ParamWrapper(LoraLayer):
             return
         total = self.total(self.get_param(), names)
         how = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        # What lies in the instance's own dict is found before a parameter; nothing registered
-        # changes, so that names, optimizers and state dicts don't notice.
-        module.__dict__[name] = total if how in _FOLLOWED else total.dense()
-        try:
+        with in_place_of(module, name, total if how in _FOLLOWED else total.dense()):
             yield
-        finally:
-            module.__dict__.pop(name, None)
 
     def total(self, weight: torch.Tensor, names: Sequence[str]) -> LowRankSum:
         """`weight` with the updates of these adapters."""

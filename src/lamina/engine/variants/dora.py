@@ -5,7 +5,7 @@ Source: arXiv:2402.09353.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Dora(Variant):
 
     places = (_PLACE,)
     # So that PEFT's files of all times are read and written.
-    spelling = {f"{_PLACE}.weight": _PLACE}
+    spelling: Mapping[str, str] = {f"{_PLACE}.weight": _PLACE}
     kinds = ("linear", "embedding", "conv")
 
     def why_not(self, kind: str, base: nn.Module, config: Any, target: str) -> str | None:
