@@ -18,6 +18,7 @@ from lamina.engine.trainability import (
     live_adapters,
 )
 from lamina.model.combining import CombineReport, add_weighted_adapter
+from lamina.model.conversion import supports_lora_conversion
 
 
 class LoraModel(nn.Module):
@@ -144,6 +145,10 @@ class LoraModel(nn.Module):
             combination_type,
             settings,
         )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can turn an adapter into plain LoRA."""
+        return supports_lora_conversion(self.model, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output."""

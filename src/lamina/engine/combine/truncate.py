@@ -37,26 +37,28 @@ class Truncated:
 
 
 def truncate_product(
-    left: torch.Tensor, right: torch.Tensor, rank: int, *, driver: str | None = None
+    left: torch.Tensor, right: torch.Tensor, rank: int | float, *, driver: str | None = None
 ) -> Truncated:
     """The best approximation of `left @ right` of this rank.
 
     Args:
         left: ... x out x R.
         right: ... x R x in.
-        rank: of each of the matrices; where they have less, the factors are padded with zeros.
+        rank: of each of the matrices; where they have less, the factors are padded with zeros. A
+            float is what the rank has to hold, as in `truncate_dense`.
         driver: the cuSOLVER routine, on CUDA.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
     core = r_left @ r_right.mT
     u, s, vh = torch.linalg.svd(core, full_matrices=False, driver=_driver(core, driver))
-    kept = min(rank, s.shape[-1])
+    wanted = rank if isinstance(rank, int) else rank_of_energy(s, rank)
+    kept = min(wanted, s.shape[-1])
     b = q_left @ (u[..., :kept] * s[..., None, :kept])
     a = vh[..., :kept, :] @ q_right.mT
     tail = float(s[..., kept:].double().square().sum())
     whole = float(s.double().square().sum())
-    return Truncated(*_padded(b, a, rank), math.sqrt(tail), math.sqrt(whole))
+    return Truncated(*_padded(b, a, wanted), math.sqrt(tail), math.sqrt(whole))
 
 
 def truncate_dense(
