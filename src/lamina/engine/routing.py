@@ -35,7 +35,7 @@ class Routing:
     offsets: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     expansion: int = 1
     length: int | None = None
-    _rows: dict[tuple[str, int, torch.device], torch.Tensor] = field(
+    _rows: dict[tuple[str, int, torch.device, bool], torch.Tensor] = field(
         default_factory=dict, repr=False
     )
     _masks: dict[tuple[str, int, int, torch.device], torch.Tensor] = field(
@@ -66,13 +66,22 @@ class Routing:
 
     def rows(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
         """The rows of an adapter in a batch of this size: indices, in order."""
-        key = (adapter, batch, device)
+        return self._found(adapter, batch, device, inside=True)
+
+    def rows_without(self, adapter: str, batch: int, device: torch.device) -> torch.Tensor:
+        """All rows that are not an adapter's."""
+        return self._found(adapter, batch, device, inside=False)
+
+    def _found(
+        self, adapter: str, batch: int, device: torch.device, *, inside: bool
+    ) -> torch.Tensor:
+        key = (adapter, batch, device, inside)
         if key not in self._rows:
             repeats = self.repeats(batch)
             found = [
                 row * repeats + copy
                 for row, name in enumerate(self.names or ())
-                if name == adapter
+                if (name == adapter) is inside
                 for copy in range(repeats)
             ]
             self._rows[key] = torch.tensor(found, dtype=torch.long, device=device)

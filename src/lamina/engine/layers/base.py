@@ -59,7 +59,7 @@ class LoraLayer(PeftNames):
         result = self.base_output(x, *args, **kwargs)
         dtype = result.dtype
         routing = self.adapter_state.routing
-        if routing is not None and routing.names is not None:
+        if routing is not None and routing.names is not None and not self.disable_adapters:
             return add_by_rows(self, x, result, routing)
         for name in self.contributing():
             result = self.records[name].variant.add(self, name, x, result)

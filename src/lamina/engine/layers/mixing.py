@@ -42,11 +42,10 @@ def add_by_rows(
     batch = x.shape[0]
     routing.repeats(batch)
     refuse_folded(layer.merged_adapters)
-    if layer.disable_adapters:
-        return result
-    here = [name for name in routing.adapters if name in layer.records]
-    result = result.clone() if here else result
-    for name in here:
+    result = _given_back(layer, x, result, routing)
+    for name in routing.adapters:
+        if name not in layer.records:
+            continue
         variant = layer.records[name].variant
         if variant.routes_itself:
             result = variant.add(layer, name, x, result).to(result.dtype)
@@ -54,6 +53,17 @@ def add_by_rows(
         rows = routing.rows(name, batch, x.device)
         part = variant.add(layer, name, x[rows], result[rows])
         result = result.index_copy(0, rows, part.to(result.dtype))
+    return result
+
+
+def _given_back(
+    layer: LoraLayer, x: torch.Tensor, result: torch.Tensor, routing: Routing
+) -> torch.Tensor:
+    """`result` with what adapters took out of the base, in the rows that go elsewhere."""
+    for holder, taken in layer.displaced.items():
+        if taken.becomes is None and not layer.adapter_state.changes_stay:
+            rows = routing.rows_without(holder, x.shape[0], x.device)
+            result = result.index_add(0, rows, taken.output(x[rows]).to(result.dtype))
     return result
 
 
@@ -109,15 +119,4 @@ def refuse_rows(layer: LoraLayer, routing: Routing | None) -> None:
         raise RoutingError(
             f"lora.{type(layer).__name__} does not support mixed adapter batches yet.",
             cure="leave adapter_names out, and answer for one adapter at a time",
-        )
-
-
-def refuse_rows(layer: LoraLayer, kwargs: dict[str, Any]) -> None:
-    """Raise if a layer that mixes the rows of a batch is to send them to different adapters."""
-    routing = layer.adapter_state.routing
-    named = kwargs.get("adapter_names") or (None if routing is None else routing.names)
-    if named and set(named) & set(layer.records):
-        raise RoutingError(
-            f"lora.{type(layer).__name__} does not support mixed adapter batches yet.",
-            cure="answer for one adapter at a time: model.set_adapter(name)",
         )
