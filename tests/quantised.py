@@ -146,4 +146,4 @@ class Net(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.narrow(self.first(x))))
+        return self.second(torch.tanh(self.narrow(self.first(x))))

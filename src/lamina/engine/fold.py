@@ -10,17 +10,23 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from lamina.engine.inject import strip
 from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.layers.displacing import Displaced
+from lamina.engine.layers.folding import warn_of_rounding
 from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
 
 _SHOWN = 8
+_CURE = "leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32"
+_QUANTISED = (
+    "; or choose: merge_and_unload(target='quantized') rounds the sums to the base's codes, "
+    "target='dequantized' makes the layers dense; lamina.compare_merges(model, inputs) measures "
+    "what each costs"
+)
 
 
 def fold(
@@ -30,6 +36,7 @@ def fold(
     *,
     safe: bool = False,
     keep_unfolded: bool = True,
+    requantise: bool | None = None,
 ) -> list[str]:
     """Add adapters to the base weights of all their layers.
 
@@ -39,6 +46,8 @@ def fold(
         names: the adapters; None means the active ones. Those already folded in are skipped.
         safe: look for NaN and Inf in all results before any weight is changed.
         keep_unfolded: keep the weights as they were for a bit-exact `unfold`.
+        requantise: whether quantised bases may round the sums to their codes again; None asks the
+            shared state, and warns where that allows it.
 
     Returns:
         The adapters that were folded in now.
@@ -48,11 +57,13 @@ def fold(
     """
     wanted = state.check_known(state.active if names is None else names)
     work = list(_to_fold(model, wanted))
-    _check_foldable(model, work)
+    _check_foldable(model, work, requantise)
     if keep_unfolded:
         _check_biases_apart(state, wanted)
     if safe:
         _check_finite(work)
+    if requantise is None:
+        warn_of_rounding(layer for _, layer, _ in work)
     for _, layer, missing in work:
         layer.fold(missing, keep_unfolded=keep_unfolded)
     done = {name for _, _, missing in work for name in missing}
@@ -74,13 +85,22 @@ def check_foldable(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         FoldError: with the layers and the reason for each.
     """
-    _check_foldable(model, list(_to_fold(model, tuple(names))))
+    _check_foldable(model, list(_to_fold(model, tuple(names))), None)
 
 
-def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]]]) -> None:
+def _check_foldable(
+    model: nn.Module,
+    work: list[tuple[str, LoraLayer, list[str]]],
+    requantise: bool | None,
+) -> None:
     tied = _tied_weights(model)
     reasons = [
-        (path, tied.get(id(layer.base_layer)) or layer.why_not_foldable(missing))
+        (
+            path,
+            tied.get(id(layer.base_layer))
+            or layer.why_not_foldable(missing)
+            or layer.why_not_rounded(requantise),
+        )
         for path, layer, missing in work
     ]
     faults = [f"{path}: {reason}" for path, reason in reasons if reason]
@@ -89,7 +109,8 @@ def _check_foldable(model: nn.Module, work: list[tuple[str, LoraLayer, list[str]
         raise FoldError(
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
-            cure="leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32",
+            cure=_CURE
+            + (_QUANTISED if any(layer.weight_view.quantised for _, layer, _ in work) else ""),
         )
 
 
@@ -123,9 +144,7 @@ def _tied_weights(model: nn.Module) -> dict[int, str]:
 def _check_finite(work: list[tuple[str, LoraLayer, list[str]]]) -> None:
     faults = []
     for path, layer, missing in work:
-        dtype = layer.weight_view.dtype
-        results = [part.to(dtype) for part in layer.folded(missing) if part is not None]
-        if not all(bool(torch.isfinite(part).all()) for part in results):
+        if not layer.is_finite(missing):
             faults.append(f"{path} with {', '.join(map(repr, missing))}")
     if faults:
         raise FoldError(
@@ -165,13 +184,19 @@ def as_base(model: nn.Module, state: AdapterState) -> Iterator[None]:
 
     Whatever was folded, active and trainable is so again afterwards, bit for bit.
     """
-    # Switching off walks the model only where something is folded in.
+    with unfolded(model, state), state.while_disabled():
+        yield
+
+
+@contextmanager
+def unfolded(model: nn.Module, state: AdapterState) -> Iterator[None]:
+    """Nothing is folded in for a while; afterwards what was is so again, bit for bit."""
+    # The model is walked only where something is folded in.
     folded = _folded_by_path(model) if state.folded_layers else {}
     if folded:
         unfold(model)
     try:
-        with state.while_disabled():
-            yield
+        yield
     finally:
         if folded:
             _fold_again(model, folded)
@@ -198,8 +223,9 @@ def merge_and_unload(
     names: Iterable[str] | None = None,
     *,
     safe: bool = False,
+    requantise: bool | None = None,
 ) -> nn.Module:
-    """The plain model with adapters (None: the active ones) folded in for good."""
+    """The plain model with adapters (None: the active ones) folded in for good; see `fold`."""
     wanted, active = state.check_known(state.active if names is None else names), state.active
     folded = _folded_by_path(model)
     if not set(folded_adapters(model)) <= set(wanted):
@@ -209,7 +235,7 @@ def merge_and_unload(
     try:
         # First: what is folded into a bias has to go into the values that stay.
         state.activate(wanted)
-        fold(model, state, wanted, safe=safe, keep_unfolded=False)
+        fold(model, state, wanted, safe=safe, keep_unfolded=False, requantise=requantise)
     except FoldError:
         for layer, name, taken in reversed(given):
             layer.take(name, taken)

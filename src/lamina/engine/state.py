@@ -57,6 +57,7 @@ class AdapterState:
         overridden: how many of them were told something else, one by one.
         changes_stay: leave the base as initialisations changed it (PiSSA and its like), whether
             their adapters take part or not, and also when they go; else it gets back what it had.
+        requantise: whether folding may round to the codes of a quantised base without being asked.
         routing: which rows go to which adapters in the forward that is running; mostly None.
     """
 
@@ -69,6 +70,7 @@ class AdapterState:
     members: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
     overridden: int = 0
     changes_stay: bool = False
+    requantise: bool = False
     routing: Routing | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from lamina.model.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from lamina.model.combining import CombineReport
+from lamina.model.conversion import convert_to_lora, save_as_lora
+from lamina.model.extracting import extract_lora
 from lamina.model.facade import PeftModel
+from lamina.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from lamina.model.intruders import reduce_intruder_dimension
+from lamina.model.merges import MergeComparison, compare_merges
 from lamina.model.preflight import check_gradients, preflight
 from lamina.model.state_dict import (
     get_peft_model_state_dict,
@@ -36,7 +42,9 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "CombineReport",
     "LoraModel",
+    "MergeComparison",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -45,11 +53,18 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "check_gradients",
+    "compare_merges",
+    "convert_to_lora",
+    "extract_lora",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "preflight",
+    "prepare_model_for_compiled_hotswap",
+    "reduce_intruder_dimension",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]

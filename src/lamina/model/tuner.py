@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lamina.config import LoraConfig
@@ -17,6 +18,7 @@ from lamina.engine.trainability import (
     apply_trainability,
     live_adapters,
 )
+from lamina.model import merging
 from lamina.model.combining import CombineReport, add_weighted_adapter
 from lamina.model.conversion import supports_lora_conversion
 
@@ -157,10 +159,31 @@ class LoraModel(nn.Module):
     # --- folding -----------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        target: Literal["quantized"] | None = None,
     ) -> None:
-        """Fold adapters (None: the active ones) into the base weights, reversibly."""
-        fold.fold(self.model, self.adapter_state, adapter_names, safe=safe_merge)
+        """Fold adapters (None: the active ones) into the base weights, reversibly.
+
+        Args:
+            adapter_names: the adapters.
+            safe_merge: look for NaN and Inf in all results before any weight is changed.
+            target: "quantized" lets a quantised base round the sums to its codes again; what it
+                held comes back bit for bit all the same.
+
+        Raises:
+            FoldError: a layer can't be folded into, or is quantised and no target is given.
+        """
+        merging.check_target(target, only="quantized")
+        fold.fold(
+            self.model,
+            self.adapter_state,
+            adapter_names,
+            safe=safe_merge,
+            requantise=True if target else None,
+        )
 
     def unmerge_adapter(self) -> None:
         """Take all folded adapters out again; the base weights come back bit for bit."""
@@ -171,9 +194,36 @@ class LoraModel(nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        *,
+        target: merging.Target | None = None,
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The plain model with adapters (None: the active ones) folded in for good."""
-        return fold.merge_and_unload(self.model, self.adapter_state, adapter_names, safe=safe_merge)
+        """The plain model with adapters (None: the active ones) folded in for good.
+
+        Over a quantised base there are two ways, which `lamina.compare_merges` measures; a third,
+        into the base in full precision, is `lamina merge`.
+
+        Args:
+            progressbar: accepted; there is none.
+            safe_merge: look for NaN and Inf in all results before any weight is changed.
+            adapter_names: the adapters.
+            target: what quantised layers become: "quantized" rounds the sums to their codes
+                again, "dequantized" makes all of them dense.
+            dtype: of the layers that become dense; None takes that of the model's dense
+                parameters.
+
+        Raises:
+            ConfigError: the settings contradict each other.
+            FoldError: a layer can't be folded into, or is quantised and no target is given.
+        """
+        return merging.merge(
+            self.model,
+            self.adapter_state,
+            adapter_names,
+            safe=safe_merge,
+            target=target,
+            dtype=dtype,
+        )
 
     def unload(self) -> nn.Module:
         """The plain model as it was before it was adapted."""

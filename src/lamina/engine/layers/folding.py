@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +25,33 @@ class Folding(AdapterHolder):
 
     def why_not_foldable(self, names: Sequence[str]) -> str | None:
         """None if these adapters can be folded into this layer, else the reason."""
+        return self.why_not_summable(names) or self.weight_view.why_not_writable
+
+    def why_not_rounded(self, requantise: bool | None) -> str | None:
+        """None if the base holds what is folded in as it is, or may round it; else the reason.
+
+        Args:
+            requantise: whether a quantised base may round the sum; None asks the shared state.
+        """
+        quantised = self.weight_view.quantised
+        allowed = self.adapter_state.requantise if requantise is None else requantise
+        if quantised is None or allowed:
+            return None
+        return f"its weight is quantised ({quantised}), so that the sum would be rounded again"
+
+    def why_not_summable(self, names: Sequence[str]) -> str | None:
+        """None if a weight with these adapters added exists, else the reason."""
         lacks_bias = getattr(self.base_layer, "bias", None) is None
         if lacks_bias and any(self.records[name].lora_bias for name in names):
             return "its base has no bias that could take up the bias of lora_B (lora_bias=True)"
         reasons = (self.records[n].variant.why_not_foldable(self, n) for n in names)
-        return next(filter(None, reasons), self.weight_view.why_not_writable)
+        return next(filter(None, reasons), None)
+
+    def is_finite(self, names: Sequence[str]) -> bool:
+        """Whether neither NaN nor infinity comes out when these adapters are folded in."""
+        dtype = self.weight_view.value_dtype
+        parts = (part.to(dtype) for part in self.folded(names) if part is not None)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
 
     def unfolded_weight(self) -> torch.Tensor:
         """The base's dense values without the adapters that are folded in; don't write.
@@ -113,3 +136,15 @@ class Folding(AdapterHolder):
             self.adapter_state.folded_layers -= 1
         self._unfolded = {}
         self.merged_adapters.clear()
+
+
+def warn_of_rounding(layers: Iterable[Folding]) -> None:
+    """Warn once if layers whose bits are too few to hold a sum unharmed are about to be folded."""
+    found = (layer.weight_view.rounding for layer in layers)
+    bits = sorted({bits for bits in found if bits})
+    if bits:
+        warnings.warn(
+            f"Merged into {' and '.join(bits)} weights, the sum is rounded to them again: the "
+            "model may get different generations due to rounding errors.",
+            stacklevel=3,
+        )

@@ -45,7 +45,9 @@ class AdapterHolder(Switched):
         self.base_layer = base_layer
         weight = self.weight_view
         # Asked in every forward, so a dense base is told apart once.
-        self._doubtful = weight if weight.may_stop_gradients and self.kind == "linear" else None
+        self._doubtful: Any = (
+            weight if weight.may_stop_gradients and self.kind == "linear" else None
+        )
         self.records: dict[str, LayerAdapter] = {}
         self.merged_adapters: list[str] = []
         self.lora_dropout = nn.ModuleDict()
@@ -76,9 +78,9 @@ class AdapterHolder(Switched):
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output; gradients reach `x` even where the base's own forward stops them."""
         doubtful = self._doubtful
-        if doubtful is not None and torch.is_grad_enabled() and x.requires_grad:
-            if doubtful.layer is self.base_layer and doubtful.stops_gradients:
-                return straight_through(x, self.base_layer, doubtful)
+        trains = doubtful is not None and x.requires_grad and torch.is_grad_enabled()
+        if trains and doubtful.stops_gradients and doubtful.layer is self.base_layer:
+            return straight_through(x, self.base_layer, doubtful)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         return result
 

@@ -11,6 +11,7 @@ from torch import nn
 from lamina.config import LoraConfig
 from lamina.engine.dtypes import exact
 from lamina.engine.layers.displacing import Displacing
+from lamina.engine.layers.folding import warn_of_rounding
 from lamina.engine.layers.record import LayerAdapter, RecordView
 from lamina.errors import FoldError
 
@@ -150,17 +151,14 @@ class PeftNames(Displacing):
         missing = [n for n in wanted if n in self.records and n not in self.merged_adapters]
         if not missing:
             return
-        reason = self.why_not_foldable(missing)
+        reason = self.why_not_foldable(missing) or self.why_not_rounded(None)
         if reason:
             raise FoldError(f"This layer can't be folded into: {reason}.")
-        if safe_merge and not all(
-            bool(torch.isfinite(part.to(self.weight_view.dtype)).all())
-            for part in self.folded(missing)
-            if part is not None
-        ):
+        if safe_merge and not self.is_finite(missing):
             raise FoldError(
                 f"NaNs detected in the merged weights. The adapter {missing} seems to be broken"
             )
+        warn_of_rounding([self])
         self.fold(missing)
 
     def unmerge(self) -> None:
@@ -182,8 +180,9 @@ class PeftNames(Displacing):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight."""
-        weight: torch.Tensor = self.base_layer.weight
+        """The base's weight; the codes, where a quantiser keeps them under its own name."""
+        packed = getattr(self.base_layer, "qweight", None)
+        weight: torch.Tensor = self.base_layer.weight if packed is None else packed
         return weight
 
     @property

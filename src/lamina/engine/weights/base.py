@@ -54,6 +54,11 @@ class BaseWeight(ABC):
         """The bits that folding rounds to, as a warning names them; None: not worth one."""
         return None
 
+    @property
+    def why_not_readable(self) -> str | None:
+        """None if the dense values can be read, else the reason, as the end of a sentence."""
+        return None
+
     # Whether `stops_gradients` may ever be true; asked once.
     may_stop_gradients = False
 

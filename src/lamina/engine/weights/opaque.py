@@ -18,7 +18,14 @@ class OpaqueWeight(BaseWeight):
 
     @property
     def why_not_writable(self) -> str | None:
-        return f"a {type(self.layer).__name__} doesn't hold a dense floating-point weight"
+        kind = type(self.layer).__name__
+        if "qweight" in {*self.layer._parameters, *self.layer._buffers}:
+            return f"a {kind} holds a quantised weight (qweight) that only it can read"
+        return f"a {kind} doesn't hold a dense floating-point weight"
+
+    @property
+    def why_not_readable(self) -> str | None:
+        return self.why_not_writable
 
     def _any_tensor(self) -> torch.Tensor | None:
         tensors = [*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False)]
@@ -32,7 +39,7 @@ class OpaqueWeight(BaseWeight):
     @property
     def dtype(self) -> torch.dtype:
         tensor = self._any_tensor()
-        # A quantised tensor subclass may call itself bf16; adapters over it are fp32 all the same.
+        # An unknown tensor subclass may call itself bf16 without being stored so.
         if tensor is None or type(tensor.data) is not torch.Tensor:
             return torch.uint8
         return tensor.dtype

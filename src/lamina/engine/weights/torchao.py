@@ -51,6 +51,11 @@ class TorchaoWeight(QuantisedWeight):
             return "its inputs are scaled first, so that it isn't the weight they meet"
         return None
 
+    @property
+    def why_not_readable(self) -> str | None:
+        known = hasattr(self.parameter, "dequantize")
+        return None if known else f"torchao's {type(self.parameter).__name__} can't be dequantised"
+
     def read(self) -> torch.Tensor:
         return self.values_of(self.parameter)
 

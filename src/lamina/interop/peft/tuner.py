@@ -91,6 +91,8 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         self.model = model
         self.adapter_state = find_state(model) or AdapterState()
         self.targeted_module_names: list[str] = []
+        # peft rounds to a quantised base without being asked.
+        self.adapter_state.requantise = True
         self.targeted_parameter_names: list[str] = []
         if self.adapter_state.configs:
             warnings.warn(

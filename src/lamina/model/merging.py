@@ -1,0 +1,85 @@
+"""Merge adapters for good; over a quantised base in one of two ways, which the caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lamina.engine.dequantise import merge_dequantised
+from lamina.engine.fold import merge_and_unload
+from lamina.engine.state import AdapterState
+from lamina.errors import ConfigError
+
+Target = Literal["quantized", "dequantized"]
+
+# What transformers marks a quantised model by.
+_MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def merge(
+    model: nn.Module,
+    state: AdapterState,
+    names: Iterable[str] | None = None,
+    *,
+    safe: bool = False,
+    target: Target | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The plain model with adapters (None: the active ones) folded in for good.
+
+    Args:
+        model: the adapted model.
+        state: its shared state.
+        names: the adapters.
+        safe: look for NaN and Inf in all results before any weight is changed.
+        target: what quantised layers become: "quantized" rounds the sums to their codes again,
+            "dequantized" makes all of them dense. It makes no difference to a dense model.
+        dtype: of the layers that become dense; None takes that of the model's dense parameters.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+        FoldError: a layer can't be folded into, or is quantised and no target is given.
+    """
+    check_target(target, dtype)
+    if target != "dequantized":
+        requantise = True if target else None
+        return merge_and_unload(model, state, names, safe=safe, requantise=requantise)
+    merged = merge_dequantised(model, state, names, dtype=dtype, safe=safe)
+    _unmark(merged)
+    return merged
+
+
+def check_target(
+    target: str | None, dtype: torch.dtype | None = None, *, only: str | None = None
+) -> None:
+    """Refuse an unknown target, one that is not the only one possible, and a dtype for codes."""
+    known = get_args(Target)
+    if target is not None and target not in known:
+        raise ConfigError(
+            f"target={target!r} is unknown.", cure=f"target={known[0]!r} or target={known[1]!r}"
+        )
+    if target is not None and only is not None and target != only:
+        raise ConfigError(
+            f"target={target!r} can't be taken back.",
+            cure=f"merge_and_unload(target={target!r}) does it for good",
+        )
+    if dtype is not None and target != "dequantized":
+        raise ConfigError(
+            f"dtype={dtype} is that of layers that become dense, and none do.",
+            cure="target='dequantized' with it, or .to(dtype) afterwards",
+        )
+
+
+def _unmark(model: Any) -> None:
+    """Let transformers take the model for a dense one: to save, move and load it as such."""
+    for mark in _MARKS:
+        if mark in model.__dict__:
+            delattr(model, mark)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
