@@ -15,6 +15,7 @@ from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
 from lamina.engine.state import AdapterState
+from lamina.engine.variants import variant_for
 from lamina.errors import AdapterNameError, FoldError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
@@ -196,7 +197,20 @@ def _chain_faults(
         faults.append(f"name: the chain {' -> '.join(names)} already has a stage {name!r}")
     if mode == "continue" and config is not None:
         faults += _config_faults(cast(LoraConfig, config), chain.parts[-1].config)
+    if mode in ("stack", "merge"):
+        faults += _sum_faults(chain, name, cast(LoraConfig, config))
     return faults
+
+
+def _sum_faults(chain: Chain, name: str, config: LoraConfig) -> list[str]:
+    """Stages that one file can't hold with others: their update is no sum of ranks."""
+    configs = {**{part.lamina.stage: part.config for part in chain.parts}, name: config}
+    return [
+        f"update: stage {stage!r} is {type(variant_for(each)).__name__}, whose update is no sum of "
+        "ranks that others can be laid beside"
+        for stage, each in configs.items()
+        if not variant_for(each).is_sum
+    ]
 
 
 # What lies in a file otherwise than as ranks of modules.
@@ -210,6 +224,11 @@ def _check_one_file(model: PeftModel) -> None:
         for name, config in model.peft_config.items()
         for field in _NO_RANKS
         if getattr(config, field)
+    ]
+    faults += [
+        f"{path} is an nn.{type(layer).__name__}"
+        for path, layer in lora_layers(model)
+        if layer.kind == "attention"
     ]
     if faults:
         raise StageError(
@@ -258,6 +277,8 @@ def _cure(faults: list[str]) -> str:
         "config": 'leave config out, or use mode="stack" for an adapter with another config',
         "base": "load the base that the parent was trained on, or pass allow_base_mismatch=True if "
         "it is the same but for its name or head",
+        "update": 'lamina.save_merged(parent, "runs/merged") folds the parent into its base; begin '
+        "a fresh stage on that",
     }
     return "; ".join(
         way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 
 from lamina.checkpoint.adapter import AdapterFile
-from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, record_of, split_key
+from lamina.checkpoint.origin import (
+    A_LEAVES,
+    B_LEAVES,
+    LEAVES,
+    PREFIX,
+    plain_key,
+    record_of,
+    split_key,
+)
 from lamina.checkpoint.record import Lamina, StageRecord
 from lamina.config import LoraConfig, PeftConfig, numbers
 from lamina.engine.compose import Factors, concatenate, separate
 from lamina.engine.layers import LayerAdapter
+from lamina.engine.variants import variant_for
 from lamina.errors import CheckpointError
 
 
@@ -25,11 +34,18 @@ class Part:
         lamina: its entry in the record.
         config: its config.
         factors: plain module name -> its factors there.
+        extras: what its variant keeps beside them, such as DoRA's magnitudes, by names on disk.
     """
 
     lamina: Lamina
     config: LoraConfig
     factors: dict[str, Factors]
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether its update is a sum of ranks, so that others can be laid beside it."""
+        return variant_for(self.config).is_sum
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ def take_apart(file: AdapterFile) -> Chain:
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
-    wholes, others = _wholes(file)
+    wholes, others, extras = _wholes(file)
     configs = [
         cast(LoraConfig, PeftConfig.from_dict(lamina.config, source=f"{file.source} (record)"))
         for lamina in record.laminae
@@ -81,11 +97,29 @@ def take_apart(file: AdapterFile) -> Chain:
         carrier = next((i for i in reversed(here) if configs[i].lora_bias), None)
         for i, part in zip(here, separate(whole, ranks, scalings), strict=True):
             factors[i][module] = _with_bias(part, whole, configs[i], carries=i == carrier)
-    parts = tuple(
+    parts = [
         Part(lamina, config, own)
         for lamina, config, own in zip(record.laminae, configs, factors, strict=True)
-    )
-    return Chain(file.source, record, parts, others)
+    ]
+    if extras:
+        _refuse_several(parts, f"in {file.source}")
+        parts[-1] = replace(parts[-1], extras=extras)
+    return Chain(file.source, record, tuple(parts), others)
+
+
+def _refuse_several(parts: Sequence[Part], where: str) -> None:
+    """Raise if there is more than one lamina, and one of them can't be laid beside others."""
+    if len(parts) > 1:
+        raise CheckpointError(
+            f"The laminae {where} can't share one file: the update of at least one is no sum of "
+            "ranks.",
+            faults=[
+                f"{part.lamina.stage!r}: {type(variant_for(part.config)).__name__}"
+                for part in parts
+                if part.extras or not part.is_sum
+            ],
+            cure="fold the parent into its base with lamina.save_merged, and begin on that base",
+        )
 
 
 def _with_bias(part: Factors, whole: Factors, config: LoraConfig, *, carries: bool) -> Factors:
@@ -95,13 +129,19 @@ def _with_bias(part: Factors, whole: Factors, config: LoraConfig, *, carries: bo
     return Factors(part.A, part.B, part.scaling, whole.bias * ratio)
 
 
-def _wholes(file: AdapterFile) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+def _wholes(
+    file: AdapterFile,
+) -> tuple[dict[str, Factors], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Factors by modules; tensors of no adapted module; what a variant keeps in adapted ones."""
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     others = {}
+    extras = {}
     for key, tensor in file.tensors.items():
         module, leaf = split_key(key)
         if leaf is None:
             others[key] = tensor
+        elif leaf not in LEAVES:
+            extras[f"{PREFIX}{module}.{leaf}"] = tensor
         else:
             grouped.setdefault(module, {})[leaf] = tensor
     wholes = {}
@@ -120,11 +160,17 @@ def _wholes(file: AdapterFile) -> tuple[dict[str, Factors], dict[str, torch.Tens
             faults=halves[:8],
             cure="save or download the adapter again; the file is incomplete",
         )
-    return wholes, others
+    return wholes, others, extras
 
 
 def put_together(parts: Sequence[Part], scaling: float) -> dict[str, Factors]:
-    """Plain module name -> the one update that is the sum of all parts, with one scaling."""
+    """Plain module name -> the one update that is the sum of all parts, with one scaling.
+
+    Raises:
+        CheckpointError: there are several, and one is no sum of ranks.
+    """
+    if not all(part.is_sum for part in parts):
+        _refuse_several(parts, "of this model")
     with_bias = any(part.config.lora_bias for part in parts)
     modules = dict.fromkeys(module for part in parts for module in part.factors)
     together = {}

@@ -58,6 +58,7 @@ def restore_part(
         if slot.leaf.startswith("lora_embedding")
     }
     tensors = to_tensors(part.factors, {module.removeprefix(PREFIX) for module in embeddings})
+    tensors.update(part.extras)
     tensors.update(
         {key: tensor for key, tensor in chain.others.items() if _owned(key, saved, biases)}
     )

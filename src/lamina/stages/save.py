@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots
-from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.origin import LEAVES, PREFIX
 from lamina.checkpoint.record import Lamina, Stage, StageRecord
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
@@ -83,7 +83,7 @@ def save_stage(
     config.fan_in_fan_out = store_in_by_out(layers.values())
     if config.bias == "lora_only":
         others = {**_untrained_biases(model), **others}
-    tensors = {**to_tensors(wholes, embeddings), **others}
+    tensors = {**to_tensors(wholes, embeddings), **newest.extras, **others}
     with atomic_directory(path) as staging:
         write_adapter(staging, config, tensors, record.to_metadata())
     return record
@@ -136,16 +136,20 @@ def _check_recordable(metrics: Mapping[str, float] | None, data: Any) -> None:
 def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
     config = cast(LoraConfig, PeftConfig.from_dict(lamina.config))
     factors = {}
+    extras = {}
     for module, layer in adapted_layers(model.get_base_model()):
         record = layer.records.get(adapter)
         if record is None:
             continue
         a, b = layer.factors(adapter)
+        for leaf, tensor in layer.tensors(adapter).items():
+            if leaf not in LEAVES:
+                extras[f"{PREFIX}{module}.{leaf}"] = tensor.detach()
         bias = layer.tensors(adapter).get("lora_B.bias")
         factors[module] = Factors(
             a.detach(), b.detach(), record.scaling, None if bias is None else bias.detach()
         )
-    return Part(lamina, config, factors)
+    return Part(lamina, config, factors, extras)
 
 
 def _newest_part(model: PeftModel, context: StageContext) -> Part:
