@@ -8,7 +8,7 @@ torch wraps around modules (compile, FSDP, data parallel) are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from lamina.checkpoint.origin import PREFIX, WRAPPERS
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.layers.parameter import wrappers
-from lamina.engine.names import places
+from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import disk_leaf, places_of_variants
 
@@ -59,18 +59,32 @@ def slots(
     found: dict[str, Slot] = {}
     seen: set[int] = set()
     bias_names: dict[str, str] = {}
-    for place in places(model):
+    for place, name in disk_names(model):
         layer = place.module
-        bias_names[place.name] = _join(place.name, "bias")
+        bias_names[place.name] = _join(name, "bias")
         if isinstance(layer, LoraLayer) and (adapter in layer.records or not alone):
-            bias_names[place.name] = _join(place.name, "base_layer.bias")
+            bias_names[place.name] = _join(name, "base_layer.bias")
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        for slot in _slots_of(layer, place.name, adapter):
+        for slot in _slots_of(layer, name, adapter):
             found[_join(slot.module, slot.leaf)] = slot
     found.update(_bias_slots(state, adapter, bias_names))
     return found
+
+
+def disk_names(model: nn.Module) -> Iterator[tuple[Place, str]]:
+    """Every place of a model with its name on disk."""
+    names: dict[str, str] = {}
+    for place in places(model):
+        outer, _, child = place.name.rpartition(".")
+        # An adapted attention's output projection is adapted inside of it.
+        adapted = isinstance(place.module, LoraLayer)
+        inside = (
+            "base_layer." if adapted and isinstance(place.parent, nn.MultiheadAttention) else ""
+        )
+        names[place.name] = _join(names.get(outer, outer), inside + child)
+        yield place, names[place.name]
 
 
 def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:

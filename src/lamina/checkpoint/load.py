@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lamina.checkpoint.keys import Slot, is_double, map_keys, parts, respelt_bias, slots
+from lamina.checkpoint.keys import Slot, disk_names, is_double, map_keys, parts, respelt_bias, slots
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer
@@ -105,8 +105,8 @@ def _begin_unfilled(
     unfilled = {s.module for key, s in wanted.items() if key not in matched and s.tensor.is_meta}
     if not unfilled:
         return
-    for place in places(model):
-        for name, layer in parts(place.module, place.name, adapter):
+    for place, on_disk in disk_names(model):
+        for name, layer in parts(place.module, on_disk, adapter):
             if name in unfilled:
                 layer.initialise(adapter, layer.adapter_state.configs[adapter].init_lora_weights)
 

@@ -42,7 +42,11 @@ _CHECKED = (
     "rank_pattern",
     "alpha_pattern",
 )
-_WITHOUT_BIAS = {"embedding": "an embedding", "experts": "adapted by its parameters"}
+_WITHOUT_BIAS = {
+    "embedding": "an embedding",
+    "experts": "adapted by its parameters",
+    "attention": "an nn.MultiheadAttention",
+}
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,9 @@ class _Finder:
                 f"r={record.r}"
             )
         self._check_beginning(place, kind, record)
+        reason = kind.why_not(place.original)
+        if reason:
+            self.other_faults.append(f"{place.name}: {reason}")
         reason = record.variant.why_not(kind.kind, place.original, self.config, place.name)
         if reason:
             self.other_faults.append(f"{place.name}: {reason}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lamina.engine.layers.attention import MultiheadAttention
 from lamina.engine.layers.base import LayerAdapter, LoraLayer
 from lamina.engine.layers.conv import Conv1d, Conv2d, Conv3d
 from lamina.engine.layers.embedding import Embedding
@@ -23,6 +24,7 @@ __all__ = [
     "Linear",
     "LoraLayer",
     "ModulesToSaveWrapper",
+    "MultiheadAttention",
     "ParamWrapper",
     "is_linear",
     "layer_class",
@@ -45,6 +47,7 @@ def is_linear(module: nn.Module) -> bool:
 
 _KINDS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
     (is_linear, Linear),
+    (lambda module: isinstance(module, nn.MultiheadAttention), MultiheadAttention),
     (lambda module: isinstance(module, nn.Embedding), Embedding),
     (lambda module: isinstance(module, nn.Conv1d), Conv1d),
     (lambda module: isinstance(module, nn.Conv2d), Conv2d),

@@ -7,8 +7,10 @@ it sees the dense sum, which is then made once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -129,6 +131,20 @@ class LowRankSum(torch.Tensor):
         )
 
 
+@contextmanager
+def in_place_of(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Let a module read `value` where it has a parameter or a child of that name.
+
+    What lies in an instance's own dict is found before what is registered; nothing registered
+    changes, so that names, optimizers and state dicts don't notice.
+    """
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        module.__dict__.pop(name, None)
+
+
 def _drops(dropout: nn.Module) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.p > 0
 
@@ -216,6 +232,36 @@ def _T(func: Any, weight: Any, *rest: Any) -> Any:
     return _transposed(weight) if weight.base.ndim == 2 else NotImplemented
 
 
+def _split(func: Any, weight: Any, sizes: Any, dim: int = 0) -> Any:
+    """Parts of a matrix, one below the other."""
+    if not isinstance(weight, LowRankSum) or dim != 0 or weight.base.ndim != 2:
+        return NotImplemented
+    bases = func(weight.base, sizes)
+    lefts = [func(term.left, sizes) for term in weight.terms]
+    return tuple(
+        LowRankSum(
+            base,
+            [replace(t, left=parts[i]) for t, parts in zip(weight.terms, lefts, strict=True)],
+        )
+        for i, base in enumerate(bases)
+    )
+
+
+def _attention(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's own attention, with the products in it taken as they are here."""
+    return _unguarded_attention(*args, **kwargs)
+
+
+# The function would hand anything but plain tensors back to where the call came from.
+_unguarded_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+    F.multi_head_attention_forward.__closure__,
+)
+
+
 def _unbind(func: Any, weight: Any, dim: int = 0) -> Any:
     if not isinstance(weight, LowRankSum) or dim != 0 or weight.base.ndim < 3:
         return NotImplemented
@@ -244,6 +290,8 @@ _HANDLERS: dict[Any, _Handler] = {
         [torch.matmul, torch.mm, torch.bmm, _T_.matmul, _T_.mm, _T_.bmm, _T_.__matmul__], _matmul
     ),
     F.linear: _linear,
+    F.multi_head_attention_forward: _attention,
+    **dict.fromkeys([torch.split, torch.chunk, _T_.split, _T_.chunk], _split),
     _T_.__getitem__: _getitem,
     **dict.fromkeys([torch.transpose, _T_.transpose], _transpose),
     **dict.fromkeys([torch.t, _T_.t], _T),

@@ -12,7 +12,6 @@ from torch import nn
 from lamina.engine.dtypes import accumulation_dtype
 from lamina.engine.layers.base import LayerAdapter, LoraLayer
 from lamina.engine.layers.low_rank_sum import LowRankSum, Term, in_place_of
-from lamina.engine.layers.mixing import refuse_rows
 from lamina.engine.layers.mixing import refuse_rows, routing_of
 from lamina.engine.state import AdapterState
 from lamina.engine.weights.parameter import ParameterWeight
