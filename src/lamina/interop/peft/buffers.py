@@ -95,4 +95,5 @@ class BufferDict(nn.Module):
         )
 
     def __call__(self, *args: Any) -> Any:
+        """Not a layer."""
         raise RuntimeError("BufferDict should not be called.")

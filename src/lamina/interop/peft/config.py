@@ -9,7 +9,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import parse
 from transformers.utils import PushToHubMixin
@@ -44,7 +44,7 @@ def _get_commit_hash(package: str) -> str | None:
 class PeftConfigMixin(native.PeftConfig, PushToHubMixin, metaclass=StandsFor):  # type: ignore[misc]
     """What every config has."""
 
-    native = native.PeftConfig
+    native: ClassVar[Any] = native.PeftConfig
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -173,12 +173,12 @@ def _field_names(cls: type) -> set[str]:
 class PeftConfig(PeftConfigMixin):
     """The base of all configs."""
 
-    native = native.PeftConfig
+    native: ClassVar[Any] = native.PeftConfig
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """The base of the configs of prompt methods, which Lamina doesn't have."""
 
-    native = ()
+    native: ClassVar[Any] = ()
     is_prompt_learning = True

@@ -58,9 +58,9 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         if reading.recomputes(model):
             hook_inputs(model)
-        text_config = getattr(model, "config", None)
-        if hasattr(text_config, "pretraining_tp"):
-            text_config.pretraining_tp = 1
+        settings: Any = getattr(model, "config", None)
+        if hasattr(settings, "pretraining_tp"):
+            settings.pretraining_tp = 1
 
     def _complete(self, model: Any, config: Any) -> None:
         """Add the heads that the task trains along; peft names them, whether they exist or not."""

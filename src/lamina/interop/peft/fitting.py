@@ -57,7 +57,7 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
     _set_usual(tuner, config)
     maybe_include_all_linear_layers(config, tuner.model)
     names = [place.name for place in places(tuner.model) if place.name]
-    if config.target_modules == constants.DUMMY_TARGET_MODULES:
+    if _is_dummy(config):
         return Fit(config, False, None, set())
     _shorten(config, names)
     hits = {name: check_target_module_exists(config, name) for name in names}
@@ -73,6 +73,10 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         raise NoMatchingPeftModuleError(_nothing(config, excluded, len(names)))
     unused = bool(config.exclude_modules) and not excluded
     return Fit(config if named is None else exact, unused, named, meant)
+
+
+def _is_dummy(config: Any) -> bool:
+    return bool(config.target_modules == constants.DUMMY_TARGET_MODULES)
 
 
 def _refuse(config: Any) -> None:
@@ -158,13 +162,12 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
             "excluded. Please check that exclude_modules was set correctly.",
             stacklevel=4,
         )
-    elif config.target_modules and not adapted:
-        if config.target_modules != constants.DUMMY_TARGET_MODULES:
-            warnings.warn(
-                f"target_modules={config.target_modules} were set but no module was matched.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+    elif config.target_modules and not (adapted or _is_dummy(config)):
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     for field in _NUMBERS:
         silent = sorted(
             key

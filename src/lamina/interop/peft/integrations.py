@@ -35,9 +35,9 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
             module._buffers[name] = value.to("meta")
 
     try:
-        nn.Module.register_parameter = empty_parameter  # type: ignore[method-assign]
+        nn.Module.register_parameter = empty_parameter  # type: ignore[assignment, method-assign]
         if include_buffers:
-            nn.Module.register_buffer = empty_buffer  # type: ignore[method-assign]
+            nn.Module.register_buffer = empty_buffer  # type: ignore[assignment, method-assign]
         with torch.device("meta") if include_buffers else nullcontext():
             yield
     finally:
@@ -84,5 +84,5 @@ def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
 
 
 def get_bnb_param_type(param: Any) -> str | None:
-    """ "4bit" or "8bit" for bitsandbytes' parameters, else None."""
+    """The bits of bitsandbytes' parameters, "4bit" or "8bit"; None for others."""
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__)

@@ -62,7 +62,7 @@ class KappaTuneSelector:
     def _shown(self, items: list[Any]) -> Iterable[Any]:
         if not self.show_progress:
             return items
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         bar: Iterable[Any] = tqdm(items, desc="Computing condition numbers")
         return bar

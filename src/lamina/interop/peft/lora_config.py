@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from lamina import config as native
 from lamina.config import checks
@@ -20,7 +21,7 @@ _DATA_DRIVEN = ("olora", "corda", "lora_ga")
 class LoraConfig(native.LoraConfig, PeftConfig):
     """Lamina's `LoraConfig`, as lenient as peft's."""
 
-    native = native.LoraConfig
+    native: ClassVar[Any] = native.LoraConfig
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -82,9 +83,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
         """Give an initialisation the settings that it lacks; warn of those of another one."""
         if self.loftq_config and self.init_lora_weights != "loftq":
             self.loftq_config = {}
-            _warn(
-                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'."
-            )
+            _warn_ignored("loftq_config", "loftq")
         for init, name, spoken in _SETTINGS:
             given = getattr(self, name)
             if self.init_lora_weights == init and given is None:
@@ -95,9 +94,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
                 kind = native.EvaConfig if init == "eva" else native.CordaConfig
                 setattr(self, name, kind())
             elif self.init_lora_weights != init and given is not None:
-                _warn(
-                    f"`{name}` specified but will be ignored when `init_lora_weights` is not '{init}'."
-                )
+                _warn_ignored(name, init)
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             _warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
@@ -111,6 +108,10 @@ class LoraConfig(native.LoraConfig, PeftConfig):
                 "won't be able to pass `path_initial_model_for_weight_conversion` to "
                 "`save_pretrained` to restore the initial values of the base weights."
             )
+
+
+def _warn_ignored(field: str, init: str) -> None:
+    _warn(f"`{field}` specified but will be ignored when `init_lora_weights` is not '{init}'.")
 
 
 def _warn(text: str) -> None:

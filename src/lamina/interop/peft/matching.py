@@ -66,7 +66,7 @@ def _layer_wanted(config: Any, key: str) -> bool:
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
         return True
-    index = layer_index(key, getattr(config, "layers_pattern", None))
+    index = layer_index(key, getattr(config, "layers_pattern", None) or None)
     return index in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -73,10 +73,7 @@ def _forget_answers(module: ModuleType, mended: Mended) -> None:
 
 def _imports(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
     """(name, module of peft, attribute) of the imports of peft outside of functions."""
-    try:
-        source = inspect.getsource(module) if _is_plain(module) else ""
-    except (OSError, TypeError):
-        return
+    source = _source(module)
     if "peft" not in source:
         return
     for node in _outside_functions(ast.parse(source)):
@@ -89,8 +86,14 @@ def _imports(module: ModuleType) -> Iterator[tuple[str, str, str | None]]:
                     yield alias.asname or "peft", alias.name if alias.asname else "peft", None
 
 
-def _is_plain(module: ModuleType) -> bool:
-    return str(getattr(module, "__file__", None) or "").endswith(".py")
+def _source(module: ModuleType) -> str:
+    path = str(module.__dict__.get("__file__") or "")
+    if not path.endswith(".py"):
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _is_peft(name: str | None) -> bool:

@@ -57,8 +57,10 @@ METHODS: dict[str, Method] = {
         more=(
             (
                 "utils",
-                "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
-                "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+                (
+                    "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+                    "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values"
+                ),
             ),
         ),
     ),

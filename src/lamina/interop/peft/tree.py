@@ -43,15 +43,20 @@ _SAVE_AND_LOAD = (
     "set_base_model_state_dict set_peft_model_state_dict"
 )
 _OTHER = (
-    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _freeze_adapter=freeze_adapter "
-    "_get_batch_size=get_batch_size _get_input_embeddings_name=get_input_embeddings_name _get_module_names_tied_with_embedding=names_tied_with_embedding "
-    "_get_no_split_modules=get_no_split_modules _get_submodules=get_submodules _get_submodules_with_grandparent=get_submodules_with_grandparent _is_valid_match=is_valid_match "
-    "_prepare_prompt_learning_config _set_adapter=set_adapter _set_layer_requires_grad=set_layer_requires_grad _set_trainable "
+    "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper "
+    "_freeze_adapter=freeze_adapter _get_batch_size=get_batch_size "
+    "_get_input_embeddings_name=get_input_embeddings_name "
+    "_get_module_names_tied_with_embedding=names_tied_with_embedding "
+    "_get_no_split_modules=get_no_split_modules _get_submodules=get_submodules "
+    "_get_submodules_with_grandparent=get_submodules_with_grandparent "
+    "_is_valid_match=is_valid_match _prepare_prompt_learning_config _set_adapter=set_adapter "
+    "_set_layer_requires_grad=set_layer_requires_grad _set_trainable "
     "cast_mixed_precision_params check_file_exists_on_hf_hub create_attention_mask "
-    "fsdp_auto_wrap_policy get_auto_gptq_quant_linear get_gptqmodel_quant_linear get_pattern_key "
-    "get_quantization_config id_tensor_storage infer_device is_gptqmodel_awq_layer "
-    "is_gptqmodel_quant_linear match_target_against_key prepare_model_for_kbit_training "
-    "set_additional_trainable_modules shift_tokens_right str_to_bool transpose"
+    "fsdp_auto_wrap_policy get_auto_gptq_quant_linear get_gptqmodel_quant_linear "
+    "get_pattern_key get_quantization_config id_tensor_storage infer_device "
+    "is_gptqmodel_awq_layer is_gptqmodel_quant_linear match_target_against_key "
+    "prepare_model_for_kbit_training set_additional_trainable_modules shift_tokens_right "
+    "str_to_bool transpose"
 )
 _CONSTANTS = (
     "ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES "
@@ -61,47 +66,19 @@ _CONSTANTS = (
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING UPCAST_DTYPES WEIGHTS_NAME "
     "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value"
 )
-_TABLES_OF_TARGETS = (
-    " ".join(
-        f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING"
-        for method in [
-            "ADALORA",
-            "ADAMSS",
-            "BEFT",
-            "BOFT",
-            "C3A",
-            "DEFT",
-            "DELORA",
-            "FOURIERFT",
-            "FROD",
-            "GLORA",
-            "GRALORA",
-            "HIRA",
-            "HRA",
-            "IA3",
-            "LILY",
-            "LNTUNING",
-            "LOHA",
-            "LOKR",
-            "MISS",
-            "OFT",
-            "OSF",
-            "PEANUT",
-            "POLY",
-            "PSOFT",
-            "PVERA",
-            "RANDLORA",
-            "ROAD",
-            "SHIRA",
-            "SUPERTUNING",
-            "TINYLORA",
-            "UNILORA",
-            "VBLORA",
-            "VERA",
-            "WAVEFT",
-        ]
-    )
-    + " TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
+_WITH_TARGETS = (
+    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY "
+    "LNTUNING LOHA LOKR MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING "
+    "TINYLORA UNILORA VBLORA VERA WAVEFT"
+)
+_TABLES_OF_TARGETS = " ".join(
+    [
+        *(
+            f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING"
+            for name in _WITH_TARGETS.split()
+        ),
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+    ]
 )
 _INTEGRATIONS = (
     "check_deepspeed_zero3_enabled dequantize_bnb_weight dequantize_module_weight "

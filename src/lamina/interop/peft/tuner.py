@@ -21,8 +21,9 @@ from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
 
-_TIED = """The model ties its embeddings (`tie_word_embeddings=True`), and tied_target_modules={tied} \
-are part of the adapter: what is folded into one changes the other. Untie them before:
+_TIED = """The model ties its embeddings (`tie_word_embeddings=True`), and
+tied_target_modules={tied} are part of the adapter: what is folded into one changes the other.
+Untie them before:
 ```python
 model = AutoModelForCausalLM.from_pretrained(name, tie_word_embeddings=False)
 model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
@@ -50,7 +51,7 @@ class BaseTuner(nn.Module, metaclass=StandsFor):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """A model's config as a dict; a stand-in for models without one."""
-        config = getattr(model, "config", constants.DUMMY_MODEL_CONFIG)
+        config: Any = getattr(model, "config", constants.DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             config = config.to_dict()
         elif dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -90,9 +91,9 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         nn.Module.__init__(self)
         self.model = model
         self.adapter_state = find_state(model) or AdapterState()
-        self.targeted_module_names: list[str] = []
         # peft rounds to a quantised base without being asked.
         self.adapter_state.requantise = True
+        self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         if self.adapter_state.configs:
             warnings.warn(

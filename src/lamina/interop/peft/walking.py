@@ -122,15 +122,15 @@ def get_device_map(model: Any) -> dict[str, Any]:
 @contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """Have an offloaded layer's weights where they are computed with."""
-    hooks = [
+    hooks: list[tuple[nn.Module, Any]] = [
         (module, module._hf_hook)
         for module in layer.modules()
         if getattr(getattr(module, "_hf_hook", None), "offload", False)
     ]
     for module, hook in hooks:
-        hook.pre_forward(module)  # type: ignore[union-attr]
+        hook.pre_forward(module)
     try:
         yield
     finally:
         for module, hook in hooks:
-            hook.post_forward(module, None)  # type: ignore[union-attr]
+            hook.post_forward(module, None)
