@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from lamina.interop.peft.standing import StandsFor
 from lamina.interop.peft.tensors import LoadResult
 from lamina.interop.peft.tuner import LoraModel
+from lamina.interop.peft.variants import refuse_as_peft
 from lamina.model.checkpointing import hook_inputs
 
 
@@ -277,6 +278,12 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
             yield
         finally:
             self.base_model.enable_adapter_layers()
+
+    def _routed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
+    ) -> AbstractContextManager[None]:
+        refuse_as_peft(self, kwargs)
+        return super()._routed(args, kwargs, generates=generates)
 
     @property
     def peft_type(self) -> Any:

@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from lamina.engine.layers import LoraLayer
+from lamina.engine.variants.dora_norm import DoraCaching
 from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.kappa import KappaTuneSelector, find_kappa_target_modules
 
-__all__ = ["KappaTuneSelector", "find_kappa_target_modules"]
+__all__ = ["DoraCaching", "KappaTuneSelector", "find_kappa_target_modules"]
 
 _OPEN = ({"args", "kwargs"}, {"kwargs"})
 

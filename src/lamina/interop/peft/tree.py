@@ -228,7 +228,7 @@ TREE: dict[str, dict[str, str]] = {
         **_at(f"{_OWN}.tuner", "LoraModel"),
         **_at("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"),
     },
-    "peft.tuners.lora.variants": _at("lamina.engine.variants", _LORA_VARIANTS),
+    "peft.tuners.lora.variants": _at(f"{_OWN}.variants", _LORA_VARIANTS),
     "peft.tuners.mixed": _at(f"{_OWN}.mixed", "COMPATIBLE_TUNER_TYPES MixedModel"),
     "peft.tuners.mixed.model": _at("peft.tuners.mixed", "COMPATIBLE_TUNER_TYPES MixedModel"),
     "peft.tuners.tuners_utils": {
