@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lamina._version import __version__
 from lamina.cli.as_peft import PASS_ON, as_peft
+from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.env import env
 from lamina.cli.inspect import inspect
@@ -62,7 +63,7 @@ def _root(
     pass
 
 
-for _verb in (demo, inspect, lineage, targets, merge, env):
+for _verb in (demo, inspect, lineage, targets, merge, convert, env):
     app.command()(_verb)
 app.command("as-peft", context_settings=PASS_ON)(as_peft)
 

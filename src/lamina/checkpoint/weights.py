@@ -1,0 +1,63 @@
+"""A model's weights on disk, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lamina.errors import CheckpointError, MissingFileError
+from lamina.storage.shards import shard_names
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class WeightsOnDisk(Mapping[str, torch.Tensor]):
+    """name -> tensor of a directory with `model.safetensors`, whole or in shards.
+
+    A tensor is read when it is asked for, and kept by nobody.
+
+    Args:
+        directory: as transformers saves a model.
+
+    Raises:
+        CheckpointError: there are no such weights, or a shard is missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).expanduser()
+        self._files: dict[str, Path] = {}
+        for path in self._shards():
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    self._files.update(dict.fromkeys(opened.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} can't be read as safetensors: {error}",
+                    cure="save or download the model again; the file is incomplete or damaged",
+                ) from error
+
+    def _shards(self) -> list[Path]:
+        single, index = self.directory / _SINGLE, self.directory / _INDEX
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return [self.directory / name for name in shard_names(index, str(index))]
+        raise MissingFileError(
+            f"There is neither {_SINGLE} nor {_INDEX} in '{self.directory}'.",
+            cure="give the directory of a model saved as safetensors",
+        )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
