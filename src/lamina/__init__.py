@@ -26,6 +26,7 @@ from lamina.errors import (
     StageError,
     TargetError,
     UnsupportedFieldError,
+    UnsupportedMethodError,
     UnsupportedTargetError,
 )
 
@@ -123,6 +124,7 @@ __all__ = [
     "TargetError",
     "TaskType",
     "UnsupportedFieldError",
+    "UnsupportedMethodError",
     "UnsupportedTargetError",
     "__version__",
     "begin_stage",

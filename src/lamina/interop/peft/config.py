@@ -76,7 +76,7 @@ class PeftConfigMixin(native.PeftConfig, PushToHubMixin, metaclass=StandsFor):  
             commit = None
         return f"{__version__}@{commit or 'UNKNOWN'}"
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `adapter_config.json`; `auto_mapping_dict` says what the base model is."""
         if os.path.isfile(save_directory):
             raise AssertionError(f"{save_directory} is a file; a config is saved into a directory.")

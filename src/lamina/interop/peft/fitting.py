@@ -13,6 +13,7 @@ from torch import nn
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
+from lamina.interop.peft.experts import fuse_config
 from lamina.interop.peft.matching import (
     ExcludedModule,
     check_target_module_exists,
@@ -55,6 +56,7 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
     _refuse(config)
     _refuse_saved_containers(tuner, config)
     _set_usual(tuner, config)
+    fuse_config(config, tuner.model)
     maybe_include_all_linear_layers(config, tuner.model)
     names = [place.name for place in places(tuner.model) if place.name]
     if _is_dummy(config):
@@ -65,6 +67,11 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
     excluded = [name for name, hit in hits.items() if isinstance(hit, ExcludedModule)]
     named = None
     if state_dict is not None:
+        if config.target_parameters:
+            raise ValueError(
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
+                "`target_parameters`. Please inject the adapter without the state_dict."
+            )
         named = {_module_of(key) for key in state_dict} & set(names)
         exact = copy.copy(config)
         exact.target_modules = set(named)

@@ -48,7 +48,7 @@ class PeftMixedModel(PeftModel):
         self._check_known(names)
         self.base_model.set_adapter(names, inference_mode=inference_mode)
 
-    def delete_adapter(self, adapter_name: str | Iterable[str]) -> None:  # type: ignore[override]
+    def delete_adapter(self, adapter_name: str | Iterable[str]) -> None:
         """Remove one or several adapters."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
@@ -68,7 +68,7 @@ class PeftMixedModel(PeftModel):
         with super().disable_adapter():
             yield
 
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load one more adapter."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         self.set_adapter(self.active_adapters)
@@ -93,7 +93,7 @@ class PeftMixedModel(PeftModel):
             f"Model card creation is not supported for {type(self).__name__} (yet)."
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Not for mixed models."""
         raise NotImplementedError(f"Saving is not supported for {type(self).__name__} (yet).")
 

@@ -9,6 +9,7 @@ from typing import Any
 from lamina.checkpoint.load import fill_adapter
 from lamina.interop.peft import registry
 from lamina.interop.peft.config import PeftConfig
+from lamina.interop.peft.experts import fuse_tensors
 from lamina.interop.peft.tensors import (
     LoadResult,
     load_peft_weights,
@@ -66,7 +67,7 @@ def overwrite(
         model,
         adapter,
         model.adapter_state,
-        tensors,
+        fuse_tensors(model, tensors),
         strict=False,
         ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes")),
         source=str(model_id),

@@ -14,6 +14,7 @@ from lamina.checkpoint.report import LoadReport
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import places
+from lamina.interop.peft.experts import fuse_tensors
 from lamina.interop.peft.types import PeftWarning
 from lamina.model import state_dict as native
 from lamina.storage.source import find_adapter
@@ -93,11 +94,12 @@ def set_peft_model_state_dict(
     state = find_state(model)
     if state is None or adapter_name not in state.configs:
         raise KeyError(adapter_name)
+    fused = fuse_tensors(model, peft_model_state_dict)
     report = fill_adapter(
         model,
         adapter_name,
         state,
-        {key: value.detach().clone() for key, value in peft_model_state_dict.items()},
+        {key: value.detach().clone() for key, value in fused.items()},
         strict=False,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from lamina import model as native
 from lamina.engine.inject import find_state
-from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.layers import LoraLayer, ParamWrapper, lora_layers
 from lamina.engine.names import adapted_layers
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
@@ -143,9 +143,11 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         )
         # The caller's config is the adapter's, as peft has it.
         self.adapter_state.configs[adapter_name] = config
-        here = [name for name, layer in adapted_layers(model) if adapter_name in layer.records]
+        here, parameters = _adapted(model, adapter_name)
         known = set(self.targeted_module_names)
         self.targeted_module_names += [name for name in here if name not in known]
+        known = set(self.targeted_parameter_names)
+        self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
 
     def _refuse_second_bias(self, config: Any) -> None:
@@ -260,3 +262,18 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter can be turned into LoRA: it is LoRA."""
         return True
+
+
+def _adapted(model: nn.Module, adapter: str) -> tuple[list[str], list[str]]:
+    """(modules, parameters) that an adapter adapts, by their plain names."""
+    modules, parameters = [], []
+    for name, layer in adapted_layers(model):
+        wrapped: list[str] = []
+        while isinstance(layer, ParamWrapper):
+            if adapter in layer.records:
+                wrapped.insert(0, f"{name}.{layer.parameter_name}")
+            layer = layer.base_layer
+        parameters += wrapped
+        if isinstance(layer, LoraLayer) and adapter in layer.records:
+            modules.append(name)
+    return modules, parameters
