@@ -46,8 +46,16 @@ def agreed_sum(tensors: Tensors, weights: Sequence[float], majority: str) -> tor
             of them have; a draw is positive.
     """
     stacked = torch.stack(list(tensors))
+    weighted = torch.stack([w * tensor for tensor, w in zip(tensors, weights, strict=True)])
+    return disjoint_mean(weighted, agreement(stacked, majority)).to(tensors[0].dtype)
+
+
+def agreement(stacked: torch.Tensor, majority: str) -> torch.Tensor:
+    """Where tensors, stacked along the first dimension, have the sign that is elected there."""
     votes = stacked if majority == "total" else stacked.sign()
-    elected = torch.where(votes.sum(0) >= 0, 1, -1)
-    agree = stacked.sign() == elected
-    mean = weighted_sum(list(stacked * agree), weights) / agree.sum(0).clamp(min=1)
-    return mean.to(tensors[0].dtype)
+    return stacked.sign() == torch.where(votes.sum(0) >= 0, 1, -1)
+
+
+def disjoint_mean(stacked: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean along the first dimension over what is in the mask; 0 where nothing is."""
+    return (stacked * mask).sum(0) / mask.sum(0).clamp(min=1)

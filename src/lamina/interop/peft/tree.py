@@ -125,6 +125,11 @@ _LORA_FUNCTIONS = {
         "_reshape_to_grouped_subtokens"
     ),
 }
+# Where they are not in modules of the drop-in.
+_LORA_HOMES = {
+    "conversion": "lamina.model.conversion",
+    "intruders": "lamina.model.intruders",
+}
 _LORA_LAYERS = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
@@ -243,7 +248,7 @@ TREE: dict[str, dict[str, str]] = {
     "peft.utils.constants": _at(f"{_OWN}.constants", f"{_CONSTANTS} {_TABLES_OF_TARGETS}"),
     "peft.utils.error": _at(f"{_OWN}.types", "NoMatchingPeftModuleError PeftError"),
     "peft.utils.hotswap": _at(
-        f"{_OWN}.hotswap",
+        "lamina.model.hotswap",
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
         "prepare_model_for_compiled_hotswap",
     ),
@@ -253,7 +258,7 @@ TREE: dict[str, dict[str, str]] = {
         f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq NFQuantizer"
     ),
     "peft.utils.merge_utils": _at(
-        "lamina.engine.compose",
+        f"{_OWN}.merging",
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning "
         "magnitude_prune prune random_pruning reshape_weight_task_tensors task_arithmetic ties",
     ),
@@ -276,7 +281,8 @@ TREE: dict[str, dict[str, str]] = {
 }
 
 for _module, _names in _LORA_FUNCTIONS.items():
-    TREE[f"peft.tuners.lora.{_module}"] = _at(f"{_OWN}.lora_{_module}", _names)
+    _home = _LORA_HOMES.get(_module, f"{_OWN}.lora_{_module}")
+    TREE[f"peft.tuners.lora.{_module}"] = _at(_home, _names)
 for _module, _names in _LORA_LAYERS.items():
     TREE[f"peft.tuners.lora.{_module}"] = _at(f"{_OWN}.layers", _names)
 
