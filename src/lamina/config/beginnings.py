@@ -45,9 +45,9 @@ def settle_beginnings(config: Any) -> None:
     patterns = config.rank_pattern or config.alpha_pattern
     if config.use_rslora and patterns and (init in _CHANGING or init.startswith("pissa")):
         _warn(
-            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion "
-            "of what PiSSA, CorDA, OLoRA and LoRA-GA change in the base: peft can't do it "
-            "(`path_initial_model_for_weight_conversion`), since its files don't say the scaling."
+            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
+            "conversion of what PiSSA, CorDA, OLoRA and LoRA-GA change in the base: peft can't "
+            "do it (`path_initial_model_for_weight_conversion`), since its files don't say the scaling."
         )
 
 
