@@ -47,7 +47,8 @@ def settle_beginnings(config: Any) -> None:
         _warn(
             "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
             "conversion of what PiSSA, CorDA, OLoRA and LoRA-GA change in the base: peft can't "
-            "do it (`path_initial_model_for_weight_conversion`), since its files don't say the scaling."
+            "do it, since its files don't say the scaling "
+            "(`path_initial_model_for_weight_conversion`)."
         )
 
 
