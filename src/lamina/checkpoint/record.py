@@ -31,8 +31,10 @@ class Base(_Part):
         name_or_path: what it was loaded from; None if it was built in memory.
         revision: of the hub repository.
         model_class: the class of the model, e.g. "LlamaForCausalLM".
-        dtype: of most of its parameters while the stage was trained, e.g. "bfloat16".
-        quantization: the quantiser it was loaded with; None for a dense base.
+        dtype: of most of its parameters while the stage was trained, e.g. "bfloat16"; those that
+            are quantised don't count.
+        quantization: the quantiser it was loaded with, and its settings as far as they are known,
+            e.g. "bitsandbytes nf4"; None for a dense base.
         vocab_size: rows of its input embedding.
         parameters: number of its parameters.
         shapes: SHA-256 of the sorted names and shapes of its parameters.

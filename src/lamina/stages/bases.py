@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -15,6 +16,7 @@ from lamina.engine.layers import is_linear
 from lamina.engine.layers.linear import linear_shape
 from lamina.engine.names import places
 from lamina.engine.trainability import adapter_parameters, count_parameters
+from lamina.engine.weights import BaseWeight, weight_of
 
 # How the hub's cache spells `owner/name`.
 _CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
@@ -23,25 +25,38 @@ _CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\][^/\\]+
 def describe_base(model: nn.Module) -> Base:
     """What a record says of a base model, adapted by now or not."""
     config: Any = getattr(model, "config", None)
-    dtypes = Counter(
-        str(p.original._parameters["weight"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
-        for p in places(model)
-        if p.original._parameters.get("weight") is not None
-    )
-    quantizer = getattr(config, "quantization_config", None)
-    method = getattr(quantizer, "quant_method", None)
+    views = [
+        weight_of(place.original)
+        for place in places(model)
+        if place.original._parameters.get("weight") is not None or is_linear(place.original)
+    ]
+    # Where all is quantised, what it is computed in.
+    plain = [view.dtype for view in views if view.quantised is None]
+    dense = [dtype for dtype in plain if dtype.is_floating_point]
+    dtypes = Counter(dense or [view.value_dtype for view in views])
     embedding = _input_embedding(model)
     own = sum(parameter.numel() for _, parameter in adapter_parameters(model))
     return Base(
         name_or_path=getattr(model, "name_or_path", None) or None,
         revision=getattr(config, "_commit_hash", None),
         model_class=type(model).__name__,
-        dtype=dtypes.most_common(1)[0][0] if dtypes else None,
-        quantization=None if method is None else str(getattr(method, "value", method)),
+        dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch.") if dtypes else None,
+        quantization=_quantization(config, views),
         vocab_size=getattr(embedding, "num_embeddings", None),
         parameters=count_parameters(model)[1] - own,
         shapes=shapes_digest(model),
     )
+
+
+def _quantization(config: Any, views: Sequence[BaseWeight]) -> str | None:
+    """What most quantised weights say of themselves; else the method that the config names."""
+    said = Counter(view.quantised for view in views if view.quantised is not None)
+    if said:
+        return said.most_common(1)[0][0]
+    settings = getattr(config, "quantization_config", None)
+    known = settings if isinstance(settings, dict) else vars(settings or object)
+    method = known.get("quant_method")
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def _input_embedding(model: nn.Module) -> Any:
