@@ -184,6 +184,24 @@ def test_trained_biases_are_summed_from_the_base() -> None:
     assert torch.equal(shown, own)
 
 
+def test_adapters_that_act_from_the_same_tokens_on_are_combined() -> None:
+    config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(
+        models.tiny_llama(), LoraConfig(alora_invocation_tokens=[3, 4], **config)
+    )
+    model.add_adapter("other", LoraConfig(alora_invocation_tokens=[3, 4], r=2, **config))
+    model.add_adapter("else", LoraConfig(alora_invocation_tokens=[5], **config))
+    for name in ("default", "other"):
+        fill(model, name)
+    assert model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "sum", "cat").exact
+    assert model.peft_config["sum"].alora_invocation_tokens == [3, 4]
+    for _, layer in lora_layers(model):
+        wanted = layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), wanted)
+    with pytest.raises(ConfigError, match="act on different tokens"):
+        model.add_weighted_adapter(["default", "else"], [1.0, 0.5], "mixed", "cat")
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

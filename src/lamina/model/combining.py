@@ -171,6 +171,9 @@ def _faults_of_settings(method: Method, settings: Settings) -> list[str]:
 def _faults_of_configs(state: AdapterState, adapters: Sequence[str]) -> list[str]:
     """What an adapter trains beside factors and modules, and can't be combined."""
     faults = []
+    tokens = {tuple(state.configs[a].alora_invocation_tokens or ()) for a in adapters}
+    if len(tokens) > 1:
+        faults.append("they act on different tokens: alora_invocation_tokens differ")
     for adapter in _distinct(adapters):
         config: Any = state.configs[adapter]
         if config.target_parameters:
@@ -218,7 +221,7 @@ def _faults_of_layer(
     if method.on == "update" and settings.rank is not None and settings.rank % groups:
         faults.append(f"its {groups} groups don't divide svd_rank={settings.rank}")
     for adapter in here:
-        if not is_sum(layer, adapter):
+        if not _is_product(layer, adapter):
             faults.extend(_faults_of_variant(layer, adapter, method))
     return faults
 
@@ -264,6 +267,12 @@ def is_sum(layer: LoraLayer, adapter: str) -> bool:
     return layer.records[adapter].variant.is_sum
 
 
+def _is_product(layer: LoraLayer, adapter: str) -> bool:
+    """Whether an adapter's update is that where it acts: all act on the same tokens."""
+    gated = layer.records[adapter].config.alora_invocation_tokens is not None
+    return gated or is_sum(layer, adapter)
+
+
 @torch.no_grad()
 def dense_update(layer: LoraLayer, adapter: str) -> torch.Tensor:
     """What an adapter adds to the weight, out x everything else, in the accumulation dtype."""
@@ -286,7 +295,7 @@ def _parts(layer: LoraLayer, shares: Mapping[str, float], method: Method) -> lis
         bias = layer.tensors(adapter).get("lora_B.bias")
         scaling = float(layer.records[adapter].scaling)
         factors = Factors(a, b, scaling, None if bias is None else bias.detach())
-        special = method.on == "update" and not is_sum(layer, adapter)
+        special = method.on == "update" and not _is_product(layer, adapter)
         parts.append(Part(factors, weight, dense_update(layer, adapter) if special else None))
     return parts
 
@@ -308,6 +317,7 @@ def _config(
         lora_dropout=first.lora_dropout,
         fan_in_fan_out=first.fan_in_fan_out,
         layer_replication=first.layer_replication,
+        alora_invocation_tokens=first.alora_invocation_tokens,
     )
     ranks = {name: combined.factors.rank for name, combined in made.items()}
     return flat_config(model, plain, configs, ranks, 1.0, saved)
