@@ -13,7 +13,6 @@ _SETTINGS: dict[str, tuple[str, type[methods.MethodConfig]]] = {
     "corda": ("corda_config", methods.CordaConfig),
 }
 _NAMES = {"eva": "EVA", "corda": "CorDA"}
-_CHANGING = ("olora", "corda", "lora_ga")
 
 
 def faults_of_beginnings(config: Any) -> list[str]:
@@ -42,14 +41,6 @@ def settle_beginnings(config: Any) -> None:
             _warn(
                 f"`{field}` specified but will be ignored when `init_lora_weights` is not '{name}'."
             )
-    patterns = config.rank_pattern or config.alpha_pattern
-    if config.use_rslora and patterns and (init in _CHANGING or init.startswith("pissa")):
-        _warn(
-            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
-            "conversion of what PiSSA, CorDA, OLoRA and LoRA-GA change in the base: peft can't "
-            "do it, since its files don't say the scaling "
-            "(`path_initial_model_for_weight_conversion`)."
-        )
 
 
 def _init(config: Any) -> str:

@@ -15,6 +15,7 @@ from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.config import PeftConfig
+from lamina.engine.fold import give_back
 from lamina.engine.inject import find_state, strip
 from lamina.errors import ConfigError
 from lamina.model.adapted import refuse_adapted
@@ -132,6 +133,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         state = find_state(model)
         if state is not None:
             state.biases.show(())
+            give_back(model, state.configs)
         strip(model, keep_saved=False)
         for parameter, before in asked:
             parameter.requires_grad_(before)

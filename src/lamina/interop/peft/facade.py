@@ -13,6 +13,7 @@ from transformers.utils import PushToHubMixin
 
 from lamina import model as native
 from lamina.interop.peft import card, reading, saving
+from lamina.interop.peft.beginnings import warn_of_changed_base
 from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from lamina.interop.peft.standing import StandsFor
@@ -137,6 +138,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
             config = reading.config_for(model_id, kwargs.get("config"), kwargs)
             config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
             config.inference_mode = not is_trainable
+            warn_of_changed_base([config, *self.peft_config.values()])
             self.add_adapter(
                 adapter_name,
                 config,

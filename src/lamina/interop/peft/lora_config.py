@@ -12,8 +12,6 @@ from lamina.errors import ConfigError
 from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.types import PeftType
 
-# An initialisation, the field with its settings, and the class of these.
-_SETTINGS = (("eva", "eva_config", "EVA"), ("corda", "corda_config", "CorDA"))
 _DATA_DRIVEN = ("olora", "corda", "lora_ga")
 
 
@@ -26,7 +24,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
     def __post_init__(self) -> None:
         self._check_task()
         self._refuse_contradictions()
-        self._settle_settings()
+        self._warn_of_task()
         super().__post_init__()
         self.peft_type = PeftType.LORA
         self._warn_of_conversion()
@@ -79,22 +77,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
                 "`loftq_config` must be specified when `init_lora_weights` is 'loftq'."
             )
 
-    def _settle_settings(self) -> None:
-        """Give an initialisation the settings that it lacks; warn of those of another one."""
-        if self.loftq_config and self.init_lora_weights != "loftq":
-            self.loftq_config = {}
-            _warn_ignored("loftq_config", "loftq")
-        for init, name, spoken in _SETTINGS:
-            given = getattr(self, name)
-            if self.init_lora_weights == init and given is None:
-                _warn(
-                    f"`init_lora_weights` is '{init}' but `{name}` is not specified. Using default "
-                    f"{spoken} config."
-                )
-                kind = native.EvaConfig if init == "eva" else native.CordaConfig
-                setattr(self, name, kind())
-            elif self.init_lora_weights != init and given is not None:
-                _warn_ignored(name, init)
+    def _warn_of_task(self) -> None:
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             _warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
@@ -108,10 +91,6 @@ class LoraConfig(native.LoraConfig, PeftConfig):
                 "won't be able to pass `path_initial_model_for_weight_conversion` to "
                 "`save_pretrained` to restore the initial values of the base weights."
             )
-
-
-def _warn_ignored(field: str, init: str) -> None:
-    _warn(f"`{field}` specified but will be ignored when `init_lora_weights` is not '{init}'.")
 
 
 def _warn(text: str) -> None:

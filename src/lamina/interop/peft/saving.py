@@ -11,6 +11,7 @@ import torch
 
 from lamina.checkpoint.adapter import write_adapter
 from lamina.interop.peft import tensors
+from lamina.interop.peft.beginnings import check_convertible
 from lamina.interop.peft.constants import WEIGHTS_NAME
 from lamina.model.saving import config_on_disk
 from lamina.model.tasks import base_class
@@ -80,6 +81,7 @@ def _converted(
     model: Any, name: str, initial: str, config: Any, found: dict[str, torch.Tensor]
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The adapter as plain LoRA over the base as it was before an initialisation changed it."""
+    check_convertible(config)
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.save_pretrained(initial)

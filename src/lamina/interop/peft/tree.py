@@ -115,10 +115,13 @@ _TUNERS_UTILS = {
 _LORA_FUNCTIONS = {
     "arrow": "create_arrow_model _resolve_adapter_source",
     "conversion": "convert_to_lora save_as_lora",
-    "corda": "preprocess_corda CordaEigens CovarianceHook",
-    "eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "corda": "preprocess_corda CordaEigens",
+    "eva": (
+        "forward_fn_dict get_eva_state_dict initialize_lora_eva_weights "
+        "prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling"
+    ),
     "intruders": "reduce_intruder_dimension",
-    "loraga": "preprocess_loraga LoraGAContext",
+    "loraga": "preprocess_loraga",
     "monteclora": "MontecloraSampler",
     "velora": (
         "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
@@ -127,6 +130,9 @@ _LORA_FUNCTIONS = {
 }
 # Where they are not in modules of the drop-in.
 _LORA_HOMES = {
+    "corda": "lamina.engine.preparing.corda",
+    "eva": "lamina.engine.preparing.eva",
+    "loraga": "lamina.engine.preparing.loraga",
     "conversion": "lamina.model.conversion",
     "intruders": "lamina.model.intruders",
 }
@@ -226,7 +232,10 @@ TREE: dict[str, dict[str, str]] = {
             "LoraLayer Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper "
             "LoraVariant",
         ),
-        **_at(f"{_OWN}.layers", "_ConvNd _LoraFactorsProxy _LoraParameterProxy dispatch_default"),
+        **_at(
+            f"{_OWN}.layers",
+            "_ConvNd=ConvNd _LoraFactorsProxy _LoraParameterProxy dispatch_default",
+        ),
         **_at("peft.tuners.tuners_utils", "BaseTunerLayer"),
     },
     "peft.tuners.lora.model": {
@@ -252,7 +261,7 @@ TREE: dict[str, dict[str, str]] = {
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
         "prepare_model_for_compiled_hotswap",
     ),
-    "peft.utils.incremental_pca": _at(f"{_OWN}.incremental_pca", "IncrementalPCA"),
+    "peft.utils.incremental_pca": _at("lamina.engine.preparing.pca", "IncrementalPCA"),
     "peft.utils.integrations": _at(f"{_OWN}.integrations", _INTEGRATIONS),
     "peft.utils.loftq_utils": _at(
         f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq NFQuantizer"
@@ -272,11 +281,13 @@ TREE: dict[str, dict[str, str]] = {
     },
     "peft.utils.quantization_utils": _at(f"{_OWN}.quantization", _QUANTIZATION),
     "peft.utils.save_and_load": _at(f"{_OWN}.tensors", _SAVE_AND_LOAD),
-    "peft.utils.transformers_weight_conversion": _at(
-        f"{_OWN}.conversion",
-        "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
-        "convert_peft_config_for_transformers",
-    ),
+    "peft.utils.transformers_weight_conversion": {
+        **_at(f"{_OWN}.conversion", "build_peft_weight_mapping"),
+        **_at(
+            f"{_OWN}.experts",
+            "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
+        ),
+    },
     "peft.utils.warning": _at(f"{_OWN}.types", "PeftWarning"),
 }
 

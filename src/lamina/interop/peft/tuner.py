@@ -133,6 +133,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
             native.LoraModel.delete_adapter(self, adapter_name)
         self._refuse_second_bias(config)
         misfits = fit(self, config, state_dict)
+        self.adapter_state.changes_stay = True
         native.LoraModel.add(
             self,
             adapter_name,
@@ -267,8 +268,9 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
 def _adapted(model: nn.Module, adapter: str) -> tuple[list[str], list[str]]:
     """(modules, parameters) that an adapter adapts, by their plain names."""
     modules, parameters = [], []
-    for name, layer in adapted_layers(model):
+    for name, outer in adapted_layers(model):
         wrapped: list[str] = []
+        layer: Any = outer
         while isinstance(layer, ParamWrapper):
             if adapter in layer.records:
                 wrapped.insert(0, f"{name}.{layer.parameter_name}")
