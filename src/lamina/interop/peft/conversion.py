@@ -28,7 +28,9 @@ class FuseExperts(ConversionOps):  # type: ignore[misc]
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """`{name in the model: factor}`, the projections in the order of their patterns."""
-        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        # A single part comes under the target's name.
+        ordered = [pattern for pattern in source_patterns if pattern in input_dict]
+        parts = [input_dict[pattern] for pattern in ordered or input_dict]
         whole = [part[0] if isinstance(part, list) else part for part in parts]
         return {full_layer_name: fused(whole, self.factor)}
 

@@ -173,3 +173,21 @@ def fused(parts: Sequence[torch.Tensor], factor: str) -> torch.Tensor:
 
 def _by_expert(parts: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
     return zip(*parts, strict=True)
+
+
+def convert_peft_config_for_transformers(
+    peft_config: Any, model: nn.Module, conversions: Any = None
+) -> None:
+    """`fuse_config` by peft's name."""
+    if hasattr(peft_config, "target_parameters"):
+        fuse_config(peft_config, model)
+
+
+def convert_peft_adapter_state_dict_for_transformers(
+    model: Any,
+    peft_config: Any,
+    adapter_state_dict: dict[str, torch.Tensor],
+    adapter_name: str = "default",
+) -> dict[str, torch.Tensor]:
+    """`fuse_tensors` by peft's name."""
+    return fuse_tensors(model, adapter_state_dict)

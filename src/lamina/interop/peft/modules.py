@@ -13,25 +13,12 @@ from lamina.interop.peft.placeholders import placeholder
 from lamina.interop.peft.tree import TREE
 
 
-class Mirror(ModuleType):
-    """A module of the drop-in; a name that is set here is set where its object lives too.
-
-    So that what somebody patches, for a test or for good, takes effect.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        home, _, attribute = TREE[self.__name__].get(name, "").partition(":")
-        if home:
-            setattr(importlib.import_module(home), attribute, value)
-
-
 class Loader:
     """Makes the modules of the drop-in; there is nothing to run in them."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """An empty module."""
-        return Mirror(spec.name)
+        return PatchedAtHome(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Let the module look its names up, each once, when it is first read."""
@@ -57,7 +44,6 @@ class Loader:
             __getattr__=look_up,
             __dir__=lambda: sorted({*module.__dict__, *inside}),
         )
-        module.__class__ = PatchedAtHome
 
 
 def resolve(module: str, name: str) -> Any:

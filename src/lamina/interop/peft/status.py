@@ -15,6 +15,7 @@ from torch import nn
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.trainability import count_parameters
 from lamina.interop.peft.facade import PeftModel
+from lamina.interop.peft.quantization import resolve_quantization_backend
 
 IRREGULAR = "irregular"
 
@@ -75,8 +76,10 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 def _layer_status(name: str, module: Any) -> TunerLayerStatus:
     parameters = _parameters(module)
-    backend = getattr(module, "quantization_backend", None)
     layer = isinstance(module, LoraLayer)
+    backend = module.__dict__.get("quantization_backend")
+    if backend is None and layer:
+        backend = resolve_quantization_backend(module.get_base_layer())
     return TunerLayerStatus(
         name=name,
         module_type=f"lora.{type(module).__name__}" if layer else type(module).__name__,
