@@ -58,9 +58,9 @@ def injecting(sizes: Sizes) -> Iterator[Case]:
         yield Case(f"inject into {sizes.linears} linears, {where}", "ms", prepare, sizes.repeats)
 
 
-def adapted(library: ModuleType, sizes: Sizes, count: int = 1) -> Any:
+def adapted(library: ModuleType, sizes: Sizes, count: int = 1, layers: int | None = None) -> Any:
     """A model with `count` adapters, named "0", "1" and so on; the first is active."""
-    model = with_weights(sizes.layers, sizes.hidden)
+    model = with_weights(layers or sizes.layers, sizes.hidden)
     facade = library.get_peft_model(model, adapter(library), adapter_name="0")
     for number in range(1, count):
         facade.add_adapter(str(number), adapter(library))
@@ -177,40 +177,39 @@ def folding(sizes: Sizes) -> Iterator[Case]:
 
 
 def combining(sizes: Sizes) -> Iterator[Case]:
-    """Two adapters into a third by concatenation."""
+    """Two adapters into a third: exactly, and as well as their rank allows."""
 
-    def prepare(library: ModuleType) -> Side:
-        model = adapted(library, sizes, 2)
-        if hasattr(model, "add_weighted_adapter"):
+    # Decomposing dense matrices takes long.
+    few = min(12, sizes.layers)
+
+    def prepare(method: str, layers: int) -> Callable[[ModuleType], Side]:
+        def side_of(library: ModuleType) -> Side:
+            model = adapted(library, sizes, 2, layers)
+            with_numbers(model)
 
             def combine() -> None:
-                model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "sum", combination_type="cat")
-        else:
+                model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "sum", combination_type=method)
 
-            def combine() -> None:
-                _concatenate(model, library)
+            def side() -> float:
+                spent = timed(combine)
+                model.delete_adapter("sum")
+                return spent
 
-        def side() -> float:
-            spent = timed(combine)
-            model.delete_adapter("sum")
-            return spent
+            return side
 
-        return side
+        return side_of
 
-    yield Case("combine two adapters by concatenation", "ms", prepare, sizes.repeats)
+    cat, svd = prepare("cat", sizes.layers), prepare("svd", few)
+    yield Case("combine two adapters by concatenation", "ms", cat, min(3, sizes.repeats))
+    yield Case(f"combine two adapters by svd, {7 * few} linears", "ms", svd, 1)
 
 
-def _concatenate(model: Any, library: ModuleType) -> None:
-    # The engine's part of laminating: there is no public call that does it within a model.
-    from lamina.engine.compose import Factors, concatenate
-    from lamina.engine.layers import lora_layers
+def with_numbers(model: Any) -> None:
+    """Fill all factors, so that none is zero as a fresh B is."""
+    import torch
 
-    model.add_adapter("sum", adapter(library, r=16), low_cpu_mem_usage=True)
-    for _, layer in lora_layers(model):
-        parts = [
-            Factors(*(f.detach() for f in layer.factors(name)), layer.records[name].scaling)
-            for name in ("0", "1")
-        ]
-        whole = concatenate(parts, layer.records["sum"].scaling)
-        layer.assign("sum", "lora_A.weight", whole.A)
-        layer.assign("sum", "lora_B.weight", whole.B)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ from lamina.config import LoraConfig
 from lamina.engine.targets import find_all_linear_names
 from lamina.errors import (
     AlreadyAdaptedError,
+    ConfigError,
     KeyMismatchError,
     PreflightError,
     TargetError,
@@ -86,6 +88,44 @@ def test_row_5_a_frozen_first_and_a_trained_second(saved: Path) -> None:
     model.set_adapter("sft")
     assert torch.equal(logits(model), logits(llama_adapter()))
     assert not torch.allclose(both, logits(model), atol=1e-3)
+
+
+def test_row_7_combined_adapters_are_the_sum_or_say_how_far_they_are_from_it() -> None:
+    model = llama_adapter(lora_alpha=6)
+    model.add_adapter("other", llama_config(r=2, lora_alpha=8))
+    fill(model, "other", seed=2)
+    model.set_adapter(["default", "other"])
+    wanted = logits(model)
+    both = ["default", "other"], [1.0, 1.0]
+    exact = model.add_weighted_adapter(*both, "exact", "cat")
+    model.set_adapter("exact")
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+    assert exact.exact
+
+    begun = time.perf_counter()
+    low = model.add_weighted_adapter(*both, "low", "svd", svd_rank=3)
+    assert time.perf_counter() - begun < 1
+    assert 0.01 < low.relative_error < 1
+
+    model.add_adapter("alike", llama_config(lora_alpha=6))
+    fill(model, "alike", seed=3)
+    rough = model.add_weighted_adapter(["default", "alike"], [1.0, 1.0], "rough", "linear")
+    # The cross terms: as much again as the sum itself.
+    assert rough.relative_error > 0.5
+
+
+def test_row_7_magnitudes_are_not_dropped() -> None:
+    config = {"target_modules": ["up"], "r": 2, "use_dora": True}
+    model = get_peft_model(models.perceptron(), LoraConfig(**config))
+    fill(model)
+    with pytest.raises(ConfigError, match="update is not scaling"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
+    x = torch.linspace(-1, 1, 16)[None]
+    model.eval()
+    wanted = model(x)
+    assert model.add_weighted_adapter(["default"], [1.0], "sum", svd_rank=16).relative_error < 1e-5
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_row_8_a_merged_weight_is_the_exact_sum_rounded_once() -> None:

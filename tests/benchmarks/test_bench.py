@@ -27,7 +27,7 @@ def test_everything_is_measured_on_both_sides(
     assert told["machine"]["torch"] == torch.__version__
     assert told["machine"]["cpu"]
     rows = {row["name"]: row for row in told["rows"]}
-    assert len(rows) == 18
+    assert len(rows) == 19
     for row in rows.values():
         assert row["peft"] > 0
         assert row["lamina"] > 0
