@@ -24,6 +24,8 @@ class Embedding(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(base_layer, state)
+        self.in_features = base_layer.num_embeddings
+        self.out_features = base_layer.embedding_dim
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
 
