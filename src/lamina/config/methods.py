@@ -35,8 +35,8 @@ class MethodConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                wanted = f"from {low} to {high}" if high < _NO_LIMIT else f"of at least {low}"
-                lines.append(f"{name}={value!r}: a number {wanted}")
+                wanted = f"between {low} and {high}." if high < _NO_LIMIT else f">= {low}"
+                lines.append(f"{name}={value!r}: `{name}` must be {wanted}")
         return lines
 
     def _strangers(self, choices: Mapping[str, Sequence[str]]) -> list[str]:

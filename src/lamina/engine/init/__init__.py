@@ -15,10 +15,18 @@ from lamina.engine.init.matrices import why_not_factorised
 from lamina.engine.init.olora import olora
 from lamina.engine.init.pissa import NAMES as PISSA_NAMES
 from lamina.engine.init.pissa import pissa
-from lamina.engine.init.standard import gaussian, kaiming, random
+from lamina.engine.init.standard import as_made, gaussian, kaiming, random
 from lamina.errors import UnsupportedFieldError
 
-__all__ = ["Begun", "Fault", "Initialisation", "changes_base", "initialisation", "register"]
+__all__ = [
+    "Begun",
+    "Fault",
+    "Initialisation",
+    "as_made",
+    "changes_base",
+    "initialisation",
+    "register",
+]
 
 # An embedding begins as ever under these: peft lets it be targeted along with linear layers.
 _LINEAR = ("linear", "embedding")

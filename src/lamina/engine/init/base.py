@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,9 @@ class Begun(Protocol):
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r x in) and B (out x r) of an adapter, to be written into."""
+
+    def tensors(self, name: str) -> Mapping[str, torch.Tensor]:
+        """An adapter's parameters by their names on disk, e.g. `lora_A.weight`."""
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A`, shaped like the base's weight, summed in at least fp32."""

@@ -11,4 +11,8 @@ def eva(layer: Begun, adapter: str) -> None:
 
     Source: arXiv:2410.07170.
     """
-    kaiming(layer, adapter)
+    if layer.is_embedding:
+        kaiming(layer, adapter)
+        return
+    _, B = layer.factors(adapter)
+    B.zero_()

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamina.engine.buffers import BufferDict
 from lamina.engine.dtypes import adapter_dtype, exact
-from lamina.engine.init import initialisation
+from lamina.engine.init import as_made, initialisation
 from lamina.engine.layers.record import LayerAdapter
 from lamina.engine.layers.switching import Switched
 from lamina.engine.ops.straight_through import straight_through
 from lamina.engine.state import AdapterState
 from lamina.engine.weights import BaseWeight, weight_of
 from lamina.errors import FoldError
+
+# What a layer's adapters keep things in, by their names.
+_PLACES = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
 
 class AdapterHolder(Switched):
@@ -121,10 +125,13 @@ class AdapterHolder(Switched):
         device = self.weight_view.device
         if device.type == "meta":
             return
+        for leaf, buffer in self.buffers_of(name).items():
+            self.assign(name, leaf, torch.zeros_like(buffer, device=device))
         for leaf, parameter in self.tensors(name).items():
             make = torch.zeros_like if leaf.endswith("bias") else torch.empty_like
             self.assign(name, leaf, make(parameter, device=device))
         with exact(device):
+            as_made(self, name)
             initialisation(init).begin(self, name)
         self.records[name].variant.begin(self, name)
 
@@ -137,7 +144,7 @@ class AdapterHolder(Switched):
             )
         del self.records[name]
         for key, place in self._modules.items():
-            holds = isinstance(place, (nn.ModuleDict, nn.ParameterDict)) and name in place
+            holds = isinstance(place, _PLACES) and name in place
             if holds and key != "base_layer":
                 del place[name]  # type: ignore[union-attr, operator]
 
@@ -173,17 +180,34 @@ class AdapterHolder(Switched):
                 found[variant.spelling.get(leaf, leaf)] = parameter
         return found
 
+    def buffers_of(self, name: str) -> dict[str, torch.Tensor]:
+        """What an adapter has beside parameters, by the names on disk."""
+        variant = self.records[name].variant
+        found = {place: getattr(self, place)[name] for place in variant.buffers}
+        for place in variant.places:
+            held = getattr(self, place)[name]
+            if isinstance(held, nn.Module):
+                found |= {f"{place}.{path}": buffer for path, buffer in held.named_buffers()}
+        return found
+
     def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
-        """Make `value` the parameter that is `leaf` on disk; no copy is made."""
-        spelt = {disk: inner for inner, disk in self.records[name].variant.spelling.items()}
+        """Make `value` the parameter, or buffer, that is `leaf` on disk; no copy is made."""
+        variant = self.records[name].variant
+        spelt = {disk: inner for inner, disk in variant.spelling.items()}
         place, _, path = spelt.get(leaf, leaf).partition(".")
         held = getattr(self, place)[name]
+        if place in variant.buffers:
+            getattr(self, place)[name] = value
+            return
         if not path:
             grad = held.requires_grad
             getattr(self, place)[name] = nn.Parameter(value, requires_grad=grad)
             return
         owner_path, _, attribute = path.rpartition(".")
         owner = held.get_submodule(owner_path)
+        if attribute in owner._buffers:
+            owner._buffers[attribute] = value
+            return
         grad = getattr(owner, attribute).requires_grad
         setattr(owner, attribute, nn.Parameter(value, requires_grad=grad))
 
@@ -193,7 +217,8 @@ class AdapterHolder(Switched):
     def trained_parameters(self, name: str) -> Iterator[nn.Parameter]:
         frozen = self.records[name].variant.frozen
         for leaf, parameter in self.tensors(name).items():
-            if leaf not in frozen:
+            # A view of another layer's factor is that layer's to train.
+            if leaf not in frozen and isinstance(parameter, nn.Parameter):
                 yield parameter
 
     @property

@@ -1,4 +1,4 @@
-"""Adapters that changed the base when they began: what peft says of them, and of converting them."""
+"""Adapters that changed the base when they began: what peft says of them, and of converting."""
 
 from __future__ import annotations
 
