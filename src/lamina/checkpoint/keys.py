@@ -15,13 +15,24 @@ import torch
 from torch import nn
 
 from lamina.checkpoint.origin import PREFIX, WRAPPERS
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+from lamina.engine.layers import (
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+)
 from lamina.engine.layers.parameter import wrappers
 from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import disk_leaf, places_of_variants
 
-_PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_PLACES = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "trainable_tokens_delta",
+)
 _DOUBLE = re.compile(r"\.(?:modules_to_save|original_module)(\..+)$")
 
 
@@ -89,7 +100,7 @@ def disk_names(model: nn.Module) -> Iterator[tuple[Place, str]]:
 
 def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
     for inside, part in parts(layer, name, adapter):
-        for leaf, parameter in part.tensors(adapter).items():
+        for leaf, parameter in {**part.tensors(adapter), **part.buffers_of(adapter)}.items():
             yield Slot(inside, leaf, "factor", parameter, _factor_setter(part, adapter, leaf))
     if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
         for leaf, tensor in layer.tensors(adapter).items():
@@ -102,14 +113,31 @@ def parts(module: nn.Module, name: str, adapter: str) -> Iterable[tuple[str, Lor
     Of the wrappers of several parameters, only those count that the adapter is in: a file of it
     alone has no others.
     """
+    if isinstance(module, TrainableTokensWrapper):
+        return _parts_of_table(module.token_adapter, f"{name}.token_adapter", adapter)
+    if isinstance(module, TrainableTokensLayer):
+        return _parts_of_table(module, name, adapter)
     chain = [*wrappers(module)] or [module]
     here = [part for part in chain if isinstance(part, LoraLayer) and adapter in part.records]
     return [(name + ".base_layer" * depth, part) for depth, part in enumerate(here)]
 
 
+def _parts_of_table(
+    table: TrainableTokensLayer, name: str, adapter: str
+) -> list[tuple[str, LoraLayer]]:
+    """Rows, unless they are another table's, and low-rank updates inside."""
+    inner = table.base_layer
+    found: list[tuple[str, LoraLayer]] = []
+    if adapter in table.records and table.tied_adapter is None:
+        found.append((name, table))
+    if isinstance(inner, LoraLayer) and adapter in inner.records:
+        found.append((f"{name}.base_layer", inner))
+    return found
+
+
 def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:
     def put(value: torch.Tensor) -> None:
-        current = layer.tensors(adapter)[leaf]
+        current = {**layer.tensors(adapter), **layer.buffers_of(adapter)}[leaf]
         if current.is_meta:
             device = layer.weight_view.device
             # The base may have its weights elsewhere for now; these would be lost on meta.

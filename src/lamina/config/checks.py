@@ -96,9 +96,25 @@ def faults_of_targets(config: Any) -> list[str]:
     parameters = config.target_parameters
     if parameters is not None and not _is_names(parameters):
         faults.append(f"target_parameters={parameters!r}: a list of strings")
-    if config.target_modules is not None and not (config.target_modules or parameters):
+    faults += _faults_of_tokens(config.trainable_token_indices)
+    others = parameters or config.trainable_token_indices
+    if config.target_modules is not None and not (config.target_modules or others):
         faults.append("target_modules is empty; leave it at None for the usual ones")
     return faults
+
+
+def _faults_of_tokens(tokens: Any) -> list[str]:
+    lists = tokens if isinstance(tokens, dict) else {"": tokens}
+    return [
+        f"trainable_token_indices={tokens!r}: a list of indices from 0 up, or a dict from names to "
+        "such lists"
+        for name, indices in lists.items()
+        if not isinstance(name, str) or not (indices is None or _is_index_list(indices))
+    ][:1]
+
+
+def _is_index_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and _is_indices(value)
 
 
 def _items(pattern: Any) -> list[tuple[str, Any]]:

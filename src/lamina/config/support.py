@@ -5,13 +5,6 @@ from __future__ import annotations
 # The value that means "off" is the field's default.
 NOT_SUPPORTED = (
     "megatron_config",
-    "trainable_token_indices",
-    "velora_config",
-    "use_qalora",
-    "monteclora_config",
     "layer_replication",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
     "ensure_weight_tying",
 )

@@ -6,7 +6,6 @@ first weight is changed.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,8 +15,9 @@ from lamina.engine.inject import strip
 from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.layers.displacing import Displaced
 from lamina.engine.layers.folding import warn_of_rounding
-from lamina.engine.names import Place, places
+from lamina.engine.names import places
 from lamina.engine.state import AdapterState
+from lamina.engine.ties import shared_folds, untie
 from lamina.errors import FoldError
 
 _SHOWN = 8
@@ -64,10 +64,22 @@ def fold(
         _check_finite(work)
     if requantise is None:
         warn_of_rounding(layer for _, layer, _ in work)
-    for _, layer, missing in work:
-        layer.fold(missing, keep_unfolded=keep_unfolded)
+    _fold_all(model, work, keep_unfolded=keep_unfolded)
     done = {name for _, _, missing in work for name in missing}
     return [name for name in wanted if name in done]
+
+
+def _fold_all(
+    model: nn.Module, work: list[tuple[str, LoraLayer, list[str]]], *, keep_unfolded: bool = True
+) -> None:
+    """Fold each weight once, however many layers of `work` hold it."""
+    sources = shared_folds(places(model), work).sources
+    for _, layer, missing in work:
+        if id(layer) not in sources:
+            layer.fold(missing, keep_unfolded=keep_unfolded)
+    for _, layer, missing in work:
+        if id(layer) in sources:
+            layer.follow(sources[id(layer)], missing)
 
 
 def _to_fold(
@@ -93,11 +105,11 @@ def _check_foldable(
     work: list[tuple[str, LoraLayer, list[str]]],
     requantise: bool | None,
 ) -> None:
-    tied = _tied_weights(model)
+    tied = shared_folds(places(model), work).refused
     reasons = [
         (
             path,
-            tied.get(id(layer.base_layer))
+            tied.get(id(layer.get_base_layer()))
             or layer.why_not_foldable(missing)
             or layer.why_not_rounded(requantise),
         )
@@ -123,22 +135,6 @@ def _check_biases_apart(state: AdapterState, names: Iterable[str]) -> None:
             "biases that adapters train by themselves (bias='all' or 'lora_only').",
             cure="leave the adapter unfolded, or merge_and_unload() for good",
         )
-
-
-def _tied_weights(model: nn.Module) -> dict[int, str]:
-    """id of a module -> why its weight can't be changed alone, where modules share a weight."""
-    holders: dict[int, list[Place]] = defaultdict(list)
-    for place in places(model):
-        weight = place.original._parameters.get("weight")
-        if weight is not None:
-            holders[id(weight)].append(place)
-    return {
-        id(place.original): f"its weight is tied to {other.name}, which it would change too"
-        for group in holders.values()
-        for place in group
-        for other in group
-        if other.original is not place.original
-    }
 
 
 def _check_finite(work: list[tuple[str, LoraLayer, list[str]]]) -> None:
@@ -168,7 +164,8 @@ def unfold(model: nn.Module) -> None:
             faults=lost[:_SHOWN],
             cure="load the base model again",
         )
-    for _, layer in layers:
+    # A layer around another one was folded before it.
+    for _, layer in reversed(layers):
         layer.unfold()
 
 
@@ -209,12 +206,14 @@ def _folded_by_path(model: nn.Module) -> dict[str, list[str]]:
 
 def _fold_again(model: nn.Module, folded: dict[str, list[str]]) -> None:
     """Fold what was folded before an `unfold`; where nothing was unfolded nothing is done."""
+    work = []
     for path, layer in lora_layers(model):
         # An adapter may have been deleted in between.
         here = [name for name in folded.get(path, ()) if name in layer.records]
         missing = [name for name in here if name not in layer.merged_adapters]
         if missing:
-            layer.fold(missing)
+            work.append((path, layer, missing))
+    _fold_all(model, work)
 
 
 def merge_and_unload(
@@ -224,12 +223,19 @@ def merge_and_unload(
     *,
     safe: bool = False,
     requantise: bool | None = None,
+    untied: bool = False,
 ) -> nn.Module:
-    """The plain model with adapters (None: the active ones) folded in for good; see `fold`."""
+    """The plain model with adapters (None: the active ones) folded in for good; see `fold`.
+
+    With `untied`, modules that share a weight get one each first, so that folding into one of them
+    leaves the others as they are.
+    """
     wanted, active = state.check_known(state.active if names is None else names), state.active
     folded = _folded_by_path(model)
     if not set(folded_adapters(model)) <= set(wanted):
         unfold(model)
+    if untied:
+        untie(model, places(model))
     # What other adapters took out of the base has to be in it again before anything is added.
     given = give_back(model, [name for name in state.configs if name not in wanted])
     try:

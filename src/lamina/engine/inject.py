@@ -9,12 +9,21 @@ from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.init import changes_base
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, lora_layers, saved_modules
+from lamina.engine.layers import (
+    LayerAdapter,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensLayer,
+    TrainableTokensWrapper,
+    lora_layers,
+    saved_modules,
+)
 from lamina.engine.layers.parameter import wrapped, wrappers
 from lamina.engine.names import Place, places, unadapted, within
 from lamina.engine.parameters import endings
 from lamina.engine.state import AdapterState
 from lamina.engine.targets import LayerPlan, Plan, make_plan
+from lamina.engine.tokens import TokenPlan
 from lamina.engine.trainability import apply_trainability, freeze_base
 from lamina.errors import FoldError
 
@@ -59,13 +68,17 @@ def inject(
         config.target_modules = set(plan.counts)
     for layer_plan in plan.layers:
         place = by_name[layer_plan.name]
+        record = layer_plan.record
         layer = _layer_for(layer_plan, place, occupied[id(place.original)], state)
         # What an initialisation changes in the base has to be changed before a file is loaded too.
-        wanted = initialise or changes_base(config.init_lora_weights)
+        changes = changes_base(config.init_lora_weights) or record.variant.changes_base
+        wanted = initialise or changes
         init = config.init_lora_weights if wanted else None
-        layer.add_adapter(name, layer_plan.record, init=init, upcast=upcast)
+        layer.add_adapter(name, record, init=init, upcast=upcast)
     for saved in plan.saved:
         _save_module(by_name[saved], occupied, name, state)
+    for tokens in plan.tokens:
+        _replace_rows(tokens, by_name, occupied, name, state, (config, initialise, upcast))
     adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
     if adopted:
         state.biases.adopt(name, adopted)
@@ -80,11 +93,53 @@ def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: Adapter
         outermost, layer = wrapped(_now(place), plan.parameter, state)
         _put(spots, outermost)
         return layer
-    if isinstance(place.module, LoraLayer):
-        return place.module
+    now = place.module
+    if isinstance(now, LoraLayer) and not isinstance(now, TrainableTokensLayer):
+        return now
+    if isinstance(now, (TrainableTokensLayer, TrainableTokensWrapper)):
+        return _inside(now, plan, state)
     layer = plan.kind(place.original, state)
     _put(spots, layer)
     return layer
+
+
+def _inside(outer: nn.Module, plan: LayerPlan, state: AdapterState) -> LoraLayer:
+    """The layer inside what replaces rows of the same table."""
+    holder = outer.token_adapter if isinstance(outer, TrainableTokensWrapper) else outer
+    assert isinstance(holder, TrainableTokensLayer)
+    if not isinstance(holder.base_layer, LoraLayer):
+        holder.base_layer = plan.kind(holder.base_layer, state)
+    layer: LoraLayer = holder.base_layer
+    return layer
+
+
+def _replace_rows(
+    plan: TokenPlan,
+    by_name: dict[str, Place],
+    occupied: dict[int, list[Place]],
+    name: str,
+    state: AdapterState,
+    how: tuple[LoraConfig, bool, bool],
+) -> None:
+    """Give an adapter rows of its own in a table, or those of the table that it is tied to."""
+    config, initialise, upcast = how
+    place = by_name[plan.name]
+    holder = _token_layer(place)
+    if holder is None:
+        source = None if plan.tied_to is None else _token_layer(by_name[plan.tied_to])
+        wrapper = TrainableTokensWrapper(_now(place), state, source)
+        _put(occupied[id(place.original)], wrapper)
+        holder = wrapper.token_adapter
+    holder.expect(name, plan.indices)
+    record = LayerAdapter.of_rows(config, len(plan.indices), plan.name)
+    holder.add_adapter(name, record, init=True if initialise else None, upcast=upcast)
+
+
+def _token_layer(place: Place) -> TrainableTokensLayer | None:
+    now = _now(place)
+    if isinstance(now, TrainableTokensWrapper):
+        return now.token_adapter
+    return now if isinstance(now, TrainableTokensLayer) else None
 
 
 def _now(place: Place) -> nn.Module:
@@ -181,12 +236,22 @@ def strip_idle(model: nn.Module) -> None:
     """Put the base layers back where no adapter is left."""
     for place in list(places(model)):
         module = place.module
-        layers = [*wrappers(module)] or [module]
+        layers = _chain(module)
         idle = all(isinstance(layer, LoraLayer) and not layer.records for layer in layers) or (
             isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save
         )
         if idle and place.parent is not None:
             setattr(place.parent, place.child, place.original)
+
+
+def _chain(module: nn.Module) -> list[nn.Module]:
+    """All adapted layers that lie one inside the other at a place."""
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    if isinstance(module, TrainableTokensLayer):
+        inner = module.base_layer
+        return [module, inner] if isinstance(inner, LoraLayer) else [module]
+    return [*wrappers(module)] or [module]
 
 
 def strip(model: nn.Module, *, keep_saved: bool) -> nn.Module:

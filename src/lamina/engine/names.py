@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 
 # Children under which torch's wrappers keep the module that they wrap.
 _WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -43,7 +43,7 @@ class Place:
 
 def _foreign_base(module: nn.Module) -> nn.Module | None:
     """What another library's LoRA layer, or saved module, was before; None for all else."""
-    if isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+    if isinstance(module, (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)):
         return None
     parts = module._modules
     if "lora_A" in parts or "lora_embedding_A" in parts:
@@ -53,6 +53,8 @@ def _foreign_base(module: nn.Module) -> nn.Module | None:
 
 def unadapted(module: nn.Module) -> nn.Module:
     """What an adapted layer or a saved module was before; other modules as they are."""
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_base_layer()
     if isinstance(module, LoraLayer):
         return module.get_base_layer()
     if isinstance(module, ModulesToSaveWrapper):

@@ -18,6 +18,8 @@ from lamina.engine.layers import LayerAdapter, LoraLayer, ParamWrapper, layer_cl
 from lamina.engine.linears import head_names, linear_names
 from lamina.engine.names import Place, places, suffixes, within
 from lamina.engine.parameters import ParameterHit, find_parameters, skipped_experts, why_not
+from lamina.engine.spelling import find_all_linear_names, spell, spell_saved
+from lamina.engine.tokens import TokenPlan, find_tokens
 
 # What is usual, by the names that an architecture's attention has; the first that fits is taken.
 _USUAL_TARGETS = (
@@ -70,6 +72,7 @@ class Plan:
         layers: the layers to adapt, in the model's order.
         saved: plain names of the modules to train whole.
         counts: how many layers each pattern of `target_modules` hit.
+        tokens: the tables whose rows it replaces.
         skipped: plain names of expert parameters that "all-linear" doesn't take in.
     """
 
@@ -77,6 +80,7 @@ class Plan:
     saved: tuple[str, ...]
     counts: dict[str, int]
     skipped: tuple[str, ...] = ()
+    tokens: tuple[TokenPlan, ...] = ()
 
 
 def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Plan:
@@ -106,13 +110,17 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
     hits = find_parameters(everything, frozenset(config.target_parameters or ()))
     layers += finder.plan_parameters(hits, {layer.name for layer in layers})
     faults = finder.faults(strict=strict)
+    tokens, wrong = find_tokens(model, everything, config, finder.saved)
+    faults += wrong
     faults += conflicts(everything, [layer.name for layer in layers], finder.saved)
     if finder.init_faults:
         raise init_error(finder.init_faults, [*finder.unsupported, *faults], config)
     if faults or finder.unsupported:
         raise plan_error(faults, finder.unsupported, linear_names(everything, model), config)
     skipped = skipped_experts(everything, hits) if finder.targets == ALL_LINEAR else ()
-    return Plan(tuple(layers), tuple(finder.saved), dict(finder.counts), tuple(skipped))
+    return Plan(
+        tuple(layers), tuple(finder.saved), dict(finder.counts), tuple(skipped), tuple(tokens)
+    )
 
 
 def _holders(everything: Iterable[Place]) -> dict[int, list[str]]:
@@ -338,50 +346,6 @@ def usual_targets(names: Iterable[str]) -> tuple[str, ...]:
     """The names usually adapted in an architecture: its query and value projections."""
     leaves = {name.rpartition(".")[2] for name in names}
     return next((usual for usual in _USUAL_TARGETS if leaves.issuperset(usual)), ())
-
-
-def find_all_linear_names(model: nn.Module, *, include_head: bool = False) -> list[str]:
-    """The names to give as `target_modules` to adapt every linear layer.
-
-    The shortest endings that mean linear layers and nothing else, sorted. On an adapted model they
-    are the original names, never an adapter's internals. Quantised linears and `Conv1D` count.
-    A whole name on which something else ends too (`2` beside `block.2`) can't be told apart by any
-    list; there "all-linear" is the way.
-
-    Args:
-        model: any module, plain or adapted.
-        include_head: also name the output head (a language model's or a classifier's).
-    """
-    everything = list(places(model))
-    return spell(everything, set(linear_names(everything, model, include_head=include_head)))
-
-
-def spell(everything: Iterable[Place], wanted: set[str]) -> list[str]:
-    """The shortest endings that mean exactly the modules in `wanted`, sorted."""
-    others = [place.name for place in everything if place.name and place.name not in wanted]
-    taken = {suffix for name in others for suffix in suffixes(name)}
-    short = {_shortest(name, taken) for name in wanted}
-    return sorted(name for name in short if not _covered(name, short))
-
-
-def spell_saved(everything: Iterable[Place], saved: Iterable[str]) -> list[str]:
-    """The names for `modules_to_save` that mean these modules to every reader, sorted.
-
-    A reader that takes "norm" for the end of "input_layernorm" too gets whole names.
-    """
-    everything, wanted = list(everything), set(saved)
-    short = spell(everything, wanted)
-    hit = {place.name for place in everything if place.name.endswith(tuple(short))}
-    return short if hit <= wanted else sorted(wanted)
-
-
-def _shortest(name: str, taken: set[str]) -> str:
-    endings = [ending for ending in suffixes(name) if ending not in taken]
-    return endings[-1] if endings else name
-
-
-def _covered(name: str, others: set[str]) -> bool:
-    return any(ending in others for ending in suffixes(name) if ending != name)
 
 
 __all__ = [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lamina.config import AdaLoraConfig, LoraConfig
 from lamina.engine.layers.attention import MultiheadAttention
 from lamina.engine.layers.base import LayerAdapter, LoraLayer
 from lamina.engine.layers.conv import Conv1d, Conv2d, Conv3d
@@ -13,6 +14,8 @@ from lamina.engine.layers.embedding import Embedding
 from lamina.engine.layers.linear import Linear, is_conv1d
 from lamina.engine.layers.parameter import ParamWrapper
 from lamina.engine.layers.saved import ModulesToSaveWrapper
+from lamina.engine.layers.svd import SvdConv2d, SvdLayer, SvdLinear
+from lamina.engine.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
 from lamina.engine.layers.walk import lora_layers, saved_modules
 
 __all__ = [
@@ -26,6 +29,11 @@ __all__ = [
     "ModulesToSaveWrapper",
     "MultiheadAttention",
     "ParamWrapper",
+    "SvdConv2d",
+    "SvdLayer",
+    "SvdLinear",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
     "is_linear",
     "layer_class",
     "lora_layers",
@@ -55,11 +63,19 @@ _KINDS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
 ]
 
 
+# AdaLoRA keeps its factors otherwise, so it has layers of its own.
+_SVD_KINDS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
+    (is_linear, SvdLinear),
+    (lambda module: isinstance(module, nn.Conv2d), SvdConv2d),
+]
+
+
 def register(adapts: Callable[[nn.Module], bool], kind: type[LoraLayer]) -> None:
     """Adapt modules for which `adapts(module)` is true by `kind`, before earlier entries."""
     _KINDS.insert(0, (adapts, kind))
 
 
-def layer_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that adapts a module; None if there is none."""
-    return next((kind for adapts, kind in _KINDS if adapts(module)), None)
+def layer_class(module: nn.Module, config: LoraConfig | None = None) -> type[LoraLayer] | None:
+    """The class that adapts a module, by the method of `config`; None if there is none."""
+    kinds = _SVD_KINDS if isinstance(config, AdaLoraConfig) else _KINDS
+    return next((kind for adapts, kind in kinds if adapts(module)), None)

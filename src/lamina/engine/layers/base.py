@@ -31,6 +31,17 @@ class LoraLayer(PeftNames):
         """None if this kind can adapt a module that it is registered for, else the reason."""
         return None
 
+    @property
+    def tied(self) -> dict[str, LoraLayer]:
+        """adapter -> the layer over the same weight whose factors it takes as its own."""
+        # Not a child: the layers lie side by side in the model.
+        tied: dict[str, LoraLayer] = self.__dict__.setdefault("_tied", {})
+        return tied
+
+    def source_of(self, name: str) -> LoraLayer | None:
+        """The layer whose update is this one's too; None if it is its own."""
+        return self.tied.get(name)
+
     def contributing(self) -> list[str]:
         """The adapters that the forward has to add: active, here, and not folded in."""
         merged = self.merged_adapters

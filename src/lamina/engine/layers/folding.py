@@ -110,6 +110,13 @@ class Folding(AdapterHolder):
             self.adapter_state.folded_layers += 1
         self.merged_adapters.extend(names)
 
+    def follow(self, source: Folding, names: Sequence[str]) -> None:
+        """Take note that a layer over the same weight has folded these adapters in for both."""
+        self._unfolded = dict(source._unfolded)
+        if not self.merged_adapters:
+            self.adapter_state.folded_layers += 1
+        self.merged_adapters.extend(names)
+
     @property
     def can_unfold(self) -> bool:
         """Whether `unfold` has what it needs."""

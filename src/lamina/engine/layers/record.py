@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lamina.config import LoraConfig
-from lamina.engine.variants import Variant, variant_for
+from lamina.engine.variants import PlainLora, Variant, variant_for
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,30 @@ class LayerAdapter:
     @classmethod
     def of(cls, config: LoraConfig, r: int, lora_alpha: float, target: str = "") -> LayerAdapter:
         """The record for a layer where `r` and `lora_alpha` apply."""
+        variant = variant_for(config)
         return cls(
             r=r,
             lora_alpha=lora_alpha,
-            scaling=natural_scaling(r, lora_alpha, config.use_rslora),
+            scaling=variant.scaling(r, lora_alpha, config.use_rslora),
             p=config.lora_dropout,
             use_rslora=config.use_rslora,
             lora_bias=config.lora_bias,
-            variant=variant_for(config),
+            variant=variant,
+            config=config,
+            target=target,
+        )
+
+    @classmethod
+    def of_rows(cls, config: LoraConfig, count: int, target: str) -> LayerAdapter:
+        """The record for a table of which `count` rows are replaced; there are no factors."""
+        return cls(
+            r=count,
+            lora_alpha=float(count),
+            scaling=1.0,
+            p=0.0,
+            use_rslora=False,
+            lora_bias=False,
+            variant=PlainLora(),
             config=config,
             target=target,
         )
@@ -55,17 +70,12 @@ class LayerAdapter:
     @property
     def natural_scaling(self) -> float:
         """The scaling that rank and alpha give, whatever it was set to since."""
-        return natural_scaling(self.r, self.lora_alpha, self.use_rslora)
+        return self.variant.scaling(self.r, self.lora_alpha, self.use_rslora)
 
     @property
     def use_dora(self) -> bool:
         """Whether the method is DoRA."""
         return self.config.use_dora
-
-
-def natural_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """`lora_alpha / r`, or with rsLoRA `lora_alpha / sqrt(r)`."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 class RecordView(MutableMapping[str, Any]):
@@ -94,3 +104,22 @@ class RecordView(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+class VariantView(RecordView):
+    """adapter -> its variant, of the adapters that are more than plain LoRA."""
+
+    def __init__(self, records: dict[str, LayerAdapter]) -> None:
+        super().__init__(records, "variant")
+
+    def __getitem__(self, name: str) -> Variant:
+        variant = self._records[name].variant
+        if variant.is_plain:
+            raise KeyError(name)
+        return variant
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, record in self._records.items() if not record.variant.is_plain)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
