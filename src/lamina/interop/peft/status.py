@@ -82,7 +82,7 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
         backend = resolve_quantization_backend(module.get_base_layer())
     return TunerLayerStatus(
         name=name,
-        module_type=f"lora.{type(module).__name__}" if layer else type(module).__name__,
+        module_type=_kind(module),
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(getattr(module, "merged_adapters", ())),
@@ -91,6 +91,12 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
         devices={k: sorted({p.device.type for p in ps}) for k, ps in parameters.items()},
         quantization_backend=getattr(backend, "backend_name", None),
     )
+
+
+def _kind(module: Any) -> str:
+    name = type(module).__name__
+    of_lora = isinstance(module, LoraLayer) and not name.startswith("TrainableTokens")
+    return f"lora.{name}" if of_lora else name
 
 
 def _parameters(module: Any) -> dict[str, list[nn.Parameter]]:
