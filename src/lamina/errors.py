@@ -79,7 +79,7 @@ class RoutingError(LaminaError, ValueError, TypeError):
     """The rows of a batch can't go to the adapters that were named for them."""
 
 
-class FoldError(LaminaError, ValueError):
+class FoldError(LaminaError, ValueError, RuntimeError):
     """An update can't be added to the base weights, or can't be taken out again."""
 
 

@@ -1,5 +1,6 @@
 """Configs, and their form on disk; nothing here knows torch."""
 
+from lamina.config.adalora import AdaLoraConfig
 from lamina.config.base import CONFIG_NAME, FORMAT_VERSION, PeftConfig, PeftType, TaskType
 from lamina.config.lora import ALL_LINEAR, LoraConfig
 from lamina.config.methods import (
@@ -20,6 +21,7 @@ __all__ = [
     "ALL_LINEAR",
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "AdaLoraConfig",
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",

@@ -94,10 +94,11 @@ def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: Adapter
         _put(spots, outermost)
         return layer
     now = place.module
-    if isinstance(now, LoraLayer) and not isinstance(now, TrainableTokensLayer):
-        return now
     if isinstance(now, (TrainableTokensLayer, TrainableTokensWrapper)):
         return _inside(now, plan, state)
+    # One that no adapter is left in may be of another method's kind.
+    if isinstance(now, LoraLayer) and (now.records or isinstance(now, plan.kind)):
+        return now
     layer = plan.kind(place.original, state)
     _put(spots, layer)
     return layer

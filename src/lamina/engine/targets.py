@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
 from lamina.config.patterns import matching
 from lamina.engine.conflicts import conflicts
 from lamina.engine.faults import init_error, plan_error, silent_patterns, unsupported
 from lamina.engine.init import initialisation
-from lamina.engine.layers import LayerAdapter, LoraLayer, ParamWrapper, layer_class
+from lamina.engine.layers import LayerAdapter, LoraLayer, ParamWrapper, SvdLayer, layer_class
 from lamina.engine.linears import head_names, linear_names
 from lamina.engine.names import Place, places, suffixes, within
 from lamina.engine.parameters import ParameterHit, find_parameters, skipped_experts, why_not
@@ -219,7 +219,7 @@ class _Finder:
         """The plan for a module that is hit, or None and a fault."""
         self.counts.update(patterns)
         parent = place.name.rpartition(".")[0]
-        kind = None if parent in self.attention else layer_class(place.original)
+        kind = None if parent in self.attention else layer_class(place.original, self.config)
         if kind is None:
             self.unsupported.append(
                 unsupported(place.name, place.original, patterns[0], parent in self.attention)
@@ -246,9 +246,17 @@ class _Finder:
         return plans
 
     def _record(self, name: str) -> LayerAdapter:
+        if isinstance(self.config, AdaLoraConfig):
+            return self._allocated(name, self.config)
         r = int(self._lookup("rank_pattern", name, self.config.r))
         alpha = self._lookup("alpha_pattern", name, self.config.lora_alpha)
         return LayerAdapter.of(self.config, r, alpha, name)
+
+    def _allocated(self, name: str, config: AdaLoraConfig) -> LayerAdapter:
+        mask = config.ranks_left(name)
+        self.used["rank_pattern"].update(config.masks_of(name))
+        r = config.init_r if mask is None else sum(mask)
+        return LayerAdapter.of(config, r, config.lora_alpha, name)
 
     def _check_layer(self, place: Place, kind: type[LoraLayer], record: LayerAdapter) -> None:
         groups = getattr(place.original, "groups", 1) if kind.kind == "conv" else 1
@@ -257,6 +265,10 @@ class _Finder:
                 f"{place.name} is a convolution with {groups} groups, which don't divide "
                 f"r={record.r}"
             )
+        now = place.module
+        others = isinstance(now, LoraLayer) and bool(now.records)
+        if others and isinstance(now, SvdLayer) != issubclass(kind, SvdLayer):
+            self.other_faults.append(f"{place.name} can't have LoRA and AdaLoRA adapters both")
         self._check_beginning(place, kind, record)
         reason = kind.why_not(place.original)
         if reason:

@@ -59,8 +59,9 @@ def store_in_by_out(layers: Iterable[LoraLayer]) -> bool:
 
     That is what `fan_in_fan_out` says in a config.
     """
-    linear = [layer for layer in layers if isinstance(layer, Linear)]
-    return bool(linear) and all(layer.fan_in_fan_out for layer in linear)
+    stored = [layer.__dict__.get("fan_in_fan_out") for layer in layers]
+    linear = [across for across in stored if across is not None]
+    return bool(linear) and all(linear)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
