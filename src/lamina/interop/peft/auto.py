@@ -37,7 +37,7 @@ def check_import_allowlist(allowlist: list[str], parent_name: str) -> bool:
 class AutoPeftModel(metaclass=StandsFor):
     """Loads the base model that an adapter was trained on, and the adapter over it."""
 
-    native: Any = native.AutoPeftModel
+    stands_for: Any = native.AutoPeftModel
     _target_class: ClassVar[str | None] = None
     _target_peft_class: ClassVar[Any] = model.PeftModel
 

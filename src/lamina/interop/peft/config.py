@@ -44,7 +44,7 @@ def _get_commit_hash(package: str) -> str | None:
 class PeftConfigMixin(native.PeftConfig, PushToHubMixin, metaclass=StandsFor):  # type: ignore[misc]
     """What every config has."""
 
-    native: ClassVar[Any] = native.PeftConfig
+    stands_for: ClassVar[Any] = native.PeftConfig
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -173,12 +173,12 @@ def _field_names(cls: type) -> set[str]:
 class PeftConfig(PeftConfigMixin):
     """The base of all configs."""
 
-    native: ClassVar[Any] = native.PeftConfig
+    stands_for: ClassVar[Any] = native.PeftConfig
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
     """The base of the configs of prompt methods, which Lamina doesn't have."""
 
-    native: ClassVar[Any] = ()
+    stands_for: ClassVar[Any] = ()
     is_prompt_learning = True

@@ -12,28 +12,28 @@ ENABLE_DORA_CACHING = False
 class DoraLinearLayer(metaclass=StandsFor):
     """A magnitude; in Lamina one class serves all kinds of layers."""
 
-    native = Magnitude
+    stands_for = Magnitude
 
 
 class DoraEmbeddingLayer(metaclass=StandsFor):
     """The magnitude of an embedding."""
 
-    native = Magnitude
+    stands_for = Magnitude
 
 
 class DoraConv1dLayer(metaclass=StandsFor):
     """The magnitude of a convolution."""
 
-    native = Magnitude
+    stands_for = Magnitude
 
 
 class DoraConv2dLayer(metaclass=StandsFor):
     """The magnitude of a convolution."""
 
-    native = Magnitude
+    stands_for = Magnitude
 
 
 class DoraConv3dLayer(metaclass=StandsFor):
     """The magnitude of a convolution."""
 
-    native = Magnitude
+    stands_for = Magnitude

@@ -34,7 +34,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         low_cpu_mem_usage: leave the adapter's weights on the meta device, to be loaded.
     """
 
-    native: Any = native.PeftModel
+    stands_for: Any = native.PeftModel
     base_model: LoraModel
 
     def __init__(

@@ -19,7 +19,7 @@ _DATA_DRIVEN = ("olora", "corda", "lora_ga")
 class LoraConfig(native.LoraConfig, PeftConfig):
     """Lamina's `LoraConfig`, as lenient as peft's."""
 
-    native: ClassVar[Any] = native.LoraConfig
+    stands_for: ClassVar[Any] = native.LoraConfig
 
     def __post_init__(self) -> None:
         self._check_task()

@@ -21,7 +21,7 @@ class MixedModel(LoraModel):
 class PeftMixedModel(PeftModel):
     """A model several of whose adapters are active at once; it can't be saved."""
 
-    native: Any = ()
+    stands_for: Any = ()
 
     def __init__(
         self, model: Any, peft_config: Any, adapter_name: str = "default", **kwargs: Any

@@ -19,34 +19,34 @@ __all__ = [
 class PeftModelForCausalLM(PeftModel, native.PeftModelForCausalLM):
     """For models that continue text."""
 
-    native = native.PeftModelForCausalLM
+    stands_for = native.PeftModelForCausalLM
 
 
 class PeftModelForSequenceClassification(PeftModel, native.PeftModelForSequenceClassification):
     """For models that classify whole texts."""
 
-    native = native.PeftModelForSequenceClassification
+    stands_for = native.PeftModelForSequenceClassification
 
 
 class PeftModelForTokenClassification(PeftModel, native.PeftModelForTokenClassification):
     """For models that classify tokens."""
 
-    native = native.PeftModelForTokenClassification
+    stands_for = native.PeftModelForTokenClassification
 
 
 class PeftModelForQuestionAnswering(PeftModel, native.PeftModelForQuestionAnswering):
     """For models that find spans."""
 
-    native = native.PeftModelForQuestionAnswering
+    stands_for = native.PeftModelForQuestionAnswering
 
 
 class PeftModelForSeq2SeqLM(PeftModel, native.PeftModelForSeq2SeqLM):
     """For encoder-decoder models that write text."""
 
-    native = native.PeftModelForSeq2SeqLM
+    stands_for = native.PeftModelForSeq2SeqLM
 
 
 class PeftModelForFeatureExtraction(PeftModel, native.PeftModelForFeatureExtraction):
     """For models whose hidden states are used."""
 
-    native = native.PeftModelForFeatureExtraction
+    stands_for = native.PeftModelForFeatureExtraction

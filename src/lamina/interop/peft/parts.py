@@ -26,7 +26,7 @@ __all__ = [
 class AuxiliaryTrainingWrapper(nn.Module, metaclass=StandsFor):
     """The base of what is trained beside the adapted layers."""
 
-    native: Any = ModulesToSaveWrapper
+    stands_for: Any = ModulesToSaveWrapper
 
 
 def infer_device() -> str:

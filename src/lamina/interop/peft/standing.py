@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StandsFor(type):
-    """The metaclass of a class that names, as `native`, the class of Lamina that it stands for."""
+    """The metaclass of a class that names, as `stands_for`, a class of Lamina."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or isinstance(instance, _natives(cls))
@@ -17,5 +17,5 @@ class StandsFor(type):
 
 def _natives(cls: type) -> tuple[type, ...]:
     # A subclass that somebody derives stands for nothing but itself.
-    own = cls.__dict__.get("native", ())
+    own = cls.__dict__.get("stands_for", ())
     return own if isinstance(own, tuple) else (own,)

@@ -38,13 +38,13 @@ model = AutoModelForCausalLM.from_pretrained(untied_model_dir)
 class BaseTunerLayer(metaclass=StandsFor):
     """Every adapted layer is an instance of this."""
 
-    native: Any = LoraLayer
+    stands_for: Any = LoraLayer
 
 
 class BaseTuner(nn.Module, metaclass=StandsFor):
     """Every tuner is an instance of this."""
 
-    native: Any = native.LoraModel
+    stands_for: Any = native.LoraModel
     prefix: str = ""
     uses_shared_state = False
 
@@ -72,7 +72,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         autocast_adapter_dtype: keep adapters over half-precision weights in fp32.
     """
 
-    native: Any = native.LoraModel
+    stands_for: Any = native.LoraModel
     tuner_layer_cls = LoraLayer
     target_module_mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state = False

@@ -19,37 +19,37 @@ from lamina.model.routing import warn_unfound
 class DoraLinearVariant(metaclass=StandsFor):
     """DoRA; in Lamina one object serves all kinds of layers."""
 
-    native = native.Dora
+    stands_for = native.Dora
 
 
 class DoraEmbeddingVariant(metaclass=StandsFor):
     """DoRA of an embedding."""
 
-    native = native.Dora
+    stands_for = native.Dora
 
 
 class DoraConv1dVariant(metaclass=StandsFor):
     """DoRA of a convolution."""
 
-    native = native.Dora
+    stands_for = native.Dora
 
 
 class DoraConv2dVariant(metaclass=StandsFor):
     """DoRA of a convolution."""
 
-    native = native.Dora
+    stands_for = native.Dora
 
 
 class DoraConv3dVariant(metaclass=StandsFor):
     """DoRA of a convolution."""
 
-    native = native.Dora
+    stands_for = native.Dora
 
 
 class ALoraLinearVariant(metaclass=StandsFor):
     """aLoRA."""
 
-    native = native.ALora
+    stands_for = native.ALora
 
 
 def calculate_alora_offsets(
