@@ -16,7 +16,7 @@ A_LEAVES = ("lora_A.weight", "lora_embedding_A")
 B_LEAVES = ("lora_B.weight", "lora_embedding_B")
 LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
 # What a variant of LoRA keeps beside A and B is named like them: `lora_magnitude_vector`.
-_OF_VARIANT = re.compile(r"^(.+)\.(lora_[A-Za-z_]+(?:\.weight|\.bias)?)$")
+_OF_VARIANT = re.compile(r"^(.+)\.(lora_[A-Za-z_]+(?:\.[a-z_]+)?)$")
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )

@@ -20,7 +20,7 @@ from lamina.errors import ConfigError, UnsupportedFieldError
 
 ALL_LINEAR = "all-linear"
 
-_METHODS: dict[str, type[methods.MethodConfig]] = {
+METHODS: dict[str, type[methods.MethodConfig]] = {
     "eva_config": methods.EvaConfig,
     "corda_config": methods.CordaConfig,
     "lora_ga_config": methods.LoraGAConfig,
@@ -142,7 +142,7 @@ class LoraConfig(PeftConfig):
             self.loftq_config = dict(vars(self.loftq_config))
         self.loftq_config = self.loftq_config or {}
         faults = []
-        for name, kind in _METHODS.items():
+        for name, kind in METHODS.items():
             value = getattr(self, name)
             if not isinstance(value, dict):
                 if value is not None and not isinstance(value, kind):

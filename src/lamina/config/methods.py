@@ -35,7 +35,8 @@ class MethodConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                wanted = f"between {low} and {high}." if high < _NO_LIMIT else f">= {low}"
+                least = "non-negative" if low == 0 else f">= {low}"
+                wanted = f"between {low} and {high}." if high < _NO_LIMIT else least
                 lines.append(f"{name}={value!r}: `{name}` must be {wanted}")
         return lines
 

@@ -6,5 +6,4 @@ from __future__ import annotations
 NOT_SUPPORTED = (
     "megatron_config",
     "layer_replication",
-    "ensure_weight_tying",
 )

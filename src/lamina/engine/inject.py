@@ -19,6 +19,7 @@ from lamina.engine.layers import (
     saved_modules,
 )
 from lamina.engine.layers.parameter import wrapped, wrappers
+from lamina.engine.layers.tying import tie
 from lamina.engine.names import Place, places, unadapted, within
 from lamina.engine.parameters import endings
 from lamina.engine.state import AdapterState
@@ -70,13 +71,20 @@ def inject(
         place = by_name[layer_plan.name]
         record = layer_plan.record
         layer = _layer_for(layer_plan, place, occupied[id(place.original)], state)
+        if layer_plan.tied_to is not None:
+            source = _layer_at(by_name[layer_plan.tied_to])
+            tie(layer, name, layer_plan.record, source)
+            continue
         # What an initialisation changes in the base has to be changed before a file is loaded too.
         changes = changes_base(config.init_lora_weights) or record.variant.changes_base
         wanted = initialise or changes
         init = config.init_lora_weights if wanted else None
         layer.add_adapter(name, record, init=init, upcast=upcast)
+    tied_to = None
     for saved in plan.saved:
-        _save_module(by_name[saved], occupied, name, state)
+        wrapper = _save_module(by_name[saved], occupied, name, state, tied_to)
+        # The embedding comes first of those that are tied to it.
+        tied_to = wrapper if saved in plan.ties[:1] else tied_to if saved in plan.ties else None
     for tokens in plan.tokens:
         _replace_rows(tokens, by_name, occupied, name, state, (config, initialise, upcast))
     adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
@@ -84,6 +92,7 @@ def inject(
         state.biases.adopt(name, adopted)
     apply_trainability(model, state, {name})
     _warn_skipped(plan)
+    _warn_of_ties(config, plan)
     return plan
 
 
@@ -158,14 +167,38 @@ def _warn_skipped(plan: Plan) -> None:
         )
 
 
+def _warn_of_ties(config: LoraConfig, plan: Plan) -> None:
+    if not config.ensure_weight_tying:
+        return
+    named = {*plan.saved, *(layer.name for layer in plan.layers), *(t.name for t in plan.tokens)}
+    if not plan.ties:
+        told = "no tied modules were found in the model: the model does not have tied weights"
+    elif not named & set(plan.ties):
+        told = "no tied modules are added in either `modules_to_save` or `target_modules`"
+    else:
+        return
+    warnings.warn(f"You have requested ensure_weight_tying=True, but {told}.", stacklevel=3)
+
+
+def _layer_at(place: Place) -> LoraLayer:
+    """The layer with the factors at a place."""
+    layer = next(each for each in reversed(_chain(_now(place))) if isinstance(each, LoraLayer))
+    return layer
+
+
 def _save_module(
-    place: Place, occupied: dict[int, list[Place]], name: str, state: AdapterState
-) -> None:
+    place: Place,
+    occupied: dict[int, list[Place]],
+    name: str,
+    state: AdapterState,
+    tied_to: ModulesToSaveWrapper | None,
+) -> ModulesToSaveWrapper:
     wrapper = place.module
     if not isinstance(wrapper, ModulesToSaveWrapper):
         wrapper = ModulesToSaveWrapper(place.original, state)
         _put(occupied[id(place.original)], wrapper)
-    wrapper.add_adapter(name)
+    wrapper.add_adapter(name, tied_to)
+    return wrapper
 
 
 def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Parameter]:

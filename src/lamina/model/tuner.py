@@ -18,7 +18,7 @@ from lamina.engine.trainability import (
     apply_trainability,
     live_adapters,
 )
-from lamina.model import merging
+from lamina.model import merging, penalties
 from lamina.model.combining import CombineReport, add_weighted_adapter
 from lamina.model.conversion import supports_lora_conversion
 
@@ -49,6 +49,14 @@ class LoraModel(nn.Module):
         for name, each in configs.items():
             if each is not None:
                 self.add(name, each, initialise=not low_cpu_mem_usage)
+
+    def kasa_loss(self, adapters: str | Iterable[str] | None = None) -> torch.Tensor | float:
+        """What KaSA adds to the loss; see `lamina.model.penalties`."""
+        return penalties.kasa_loss(self.model, self.adapter_state, adapters)
+
+    def monteclora_loss(self, adapters: str | Iterable[str] | None = None) -> torch.Tensor | float:
+        """What MonteCLoRA adds to the loss; see `lamina.model.penalties`."""
+        return penalties.monteclora_loss(self.model, self.adapter_state, adapters)
 
     def add(
         self,

@@ -69,6 +69,10 @@ class Displacing(Folding):
         """Take out of the base's weight what was taken before, and was given back."""
         self._while_unfolded(lambda: self._take(adapter, taken))
 
+    def take_out(self, adapter: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Take `B @ A` out of the base's weight, for an adapter that needs it gone."""
+        self.take(adapter, Displaced(A.cpu().clone(), B.cpu().clone(), 1.0, None, None))
+
     def _take(self, adapter: str, taken: Displaced) -> None:
         view = self.weight_view
         if taken.becomes is not None:

@@ -12,7 +12,7 @@ from lamina.config import LoraConfig
 from lamina.engine.dtypes import exact
 from lamina.engine.layers.displacing import Displacing
 from lamina.engine.layers.folding import warn_of_rounding
-from lamina.engine.layers.record import LayerAdapter, RecordView
+from lamina.engine.layers.record import LayerAdapter, RecordView, VariantView
 from lamina.errors import FoldError
 
 # Places that code looks for in every layer, whether it has them or not.
@@ -74,10 +74,9 @@ class PeftNames(Displacing):
         return RecordView(self.records, "lora_bias")
 
     @property
-    def lora_variant(self) -> dict[str, Any]:
+    def lora_variant(self) -> VariantView:
         """adapter -> its variant, where it is not plain LoRA."""
-        variants = {name: record.variant for name, record in self.records.items()}
-        return {name: variant for name, variant in variants.items() if not variant.is_plain}
+        return VariantView(self.records)
 
     @property
     def frozen_peft_weight_names(self) -> dict[str, list[str]]:
@@ -169,7 +168,7 @@ class PeftNames(Displacing):
         """`scaling * B @ A` in the factors' dtype, shaped like the base's weight."""
         a, _ = self.factors(adapter)
         with exact(a.device):
-            return self.delta_weight(adapter).to(a.dtype)
+            return self.records[adapter].variant.delta(self, adapter).to(a.dtype)
 
     # --- the base ----------------------------------------------------------------------------
 

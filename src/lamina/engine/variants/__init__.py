@@ -9,17 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lamina.config import LoraConfig
+from lamina.engine.variants.adalora import AdaLora, is_adalora
 from lamina.engine.variants.alora import ALora
+from lamina.engine.variants.arrow import Arrow
 from lamina.engine.variants.base import Variant
+from lamina.engine.variants.bdlora import BdLora
 from lamina.engine.variants.dora import Dora
+from lamina.engine.variants.kasa import Kasa
 from lamina.engine.variants.mica import MicaLora, is_mica
+from lamina.engine.variants.monteclora import Monteclora
 from lamina.engine.variants.plain import PlainLora
+from lamina.engine.variants.qalora import QALora
+from lamina.engine.variants.velora import Velora
 
 __all__ = [
     "ALora",
+    "AdaLora",
+    "Arrow",
+    "BdLora",
     "Dora",
+    "Kasa",
+    "Monteclora",
     "PlainLora",
+    "QALora",
     "Variant",
+    "Velora",
     "disk_leaf",
     "places_of_variants",
     "register",
@@ -42,7 +56,9 @@ def variant_for(config: LoraConfig) -> Variant:
 
 def places_of_variants() -> frozenset[str]:
     """The places where any variant keeps parameters of its own."""
-    return frozenset(place for _, variant in _VARIANTS for place in variant.places)
+    return frozenset(
+        place for _, variant in _VARIANTS for place in (*variant.places, *variant.buffers)
+    )
 
 
 def disk_leaf(leaf: str) -> str:
@@ -52,6 +68,13 @@ def disk_leaf(leaf: str) -> str:
     )
 
 
+register(is_adalora, AdaLora())
 register(lambda config: config.use_dora, Dora())
 register(lambda config: config.alora_invocation_tokens is not None, ALora())
+register(lambda config: config.arrow_config is not None, Arrow())
 register(is_mica, MicaLora())
+register(lambda config: config.use_qalora, QALora())
+register(lambda config: config.velora_config is not None, Velora())
+register(lambda config: config.monteclora_config is not None, Monteclora())
+register(lambda config: config.use_bdlora is not None, BdLora())
+register(lambda config: config.kasa_config is not None, Kasa())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ class Update(Protocol):
     # The model's shared `lamina.engine.state.AdapterState`.
     adapter_state: Any
     training: bool
+    # adapter -> what drops entries of its input.
+    lora_dropout: nn.ModuleDict
 
     def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`x` as the adapter's A takes it: in its dtype, entries dropped while training."""
@@ -60,6 +63,9 @@ class Variant:
         places: names of the places, beside A and B, where it keeps parameters (modules by adapter).
         spelling: name of a parameter inside the layer, without the adapter's -> its name on disk,
             where they differ.
+        buffers: names of the places where it keeps tensors that don't train (by adapter).
+        changes_base: whether `begin` changes the base's weight, so that it has to be called before
+            an adapter is loaded too.
         frozen: names on disk of parameters that never train.
         kinds: the kinds of layers that it is made for.
         routes_itself: whether `add` leaves rows alone that go elsewhere, by the shared state's
@@ -70,6 +76,8 @@ class Variant:
     is_sum: bool = False
     places: Sequence[str] = ()
     spelling: Mapping[str, str] = {}
+    buffers: Sequence[str] = ()
+    changes_base: bool = False
     frozen: Sequence[str] = ()
     kinds: Sequence[str] = ("linear",)
     routes_itself: bool = False
@@ -87,6 +95,10 @@ class Variant:
             return None
         return f"{type(self).__name__} is made for {' and '.join(self.kinds)} layers"
 
+    def scaling(self, r: int, lora_alpha: float, use_rslora: bool) -> float:
+        """What an update of this rank is multiplied by: `lora_alpha / r`, by rsLoRA its root."""
+        return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
     def prepare(self, layer: Update, adapter: str, dtype: torch.dtype) -> None:
         """Put parameters of its own, on the meta device, into the layer's places."""
 
@@ -99,9 +111,13 @@ class Variant:
         """`result`, the output so far, with the adapter's part for the input `x` added."""
         raise NotImplementedError
 
+    def delta(self, layer: Update, adapter: str) -> torch.Tensor:
+        """The dense update, shaped like the base's weight, summed in at least fp32."""
+        return layer.delta_weight(adapter)
+
     def fold(self, layer: Update, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` (in the accumulation dtype; may be written into) with the update added."""
-        raise NotImplementedError
+        return weight.add_(self.delta(layer, adapter))
 
     def why_not_foldable(self, layer: Update, adapter: str) -> str | None:
         """None if the update can be folded into a weight, else the reason."""

@@ -18,6 +18,3 @@ class PlainLora(Variant):
         self, layer: Update, adapter: str, x: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
         return result + layer.low_rank(adapter, x)
-
-    def fold(self, layer: Update, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.add_(layer.delta_weight(adapter))

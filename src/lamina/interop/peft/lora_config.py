@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lamina import config as native
 from lamina.config import checks
+from lamina.config.lora import METHODS
 from lamina.errors import ConfigError
 from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.types import PeftType
@@ -61,6 +62,10 @@ class LoraConfig(native.LoraConfig, PeftConfig):
             )
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
+        for name, kind in METHODS.items():
+            if not isinstance(getattr(self, name), (kind, dict, type(None))):
+                known = kind.__name__
+                raise TypeError(f"`{known}` must be a `{known}`, a dict, or None.")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ConfigError(
                 "The argument lora_bias=True is only supported with init_lora_weights=True or "

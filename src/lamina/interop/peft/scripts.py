@@ -16,8 +16,14 @@ from lamina.engine.layers import LoraLayer
 from lamina.engine.variants.dora_norm import DoraCaching
 from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.kappa import KappaTuneSelector, find_kappa_target_modules
+from lamina.model.penalties import MontecloraTrainerMixin
 
-__all__ = ["DoraCaching", "KappaTuneSelector", "find_kappa_target_modules"]
+__all__ = [
+    "DoraCaching",
+    "KappaTuneSelector",
+    "MontecloraTrainerMixin",
+    "find_kappa_target_modules",
+]
 
 _OPEN = ({"args", "kwargs"}, {"kwargs"})
 

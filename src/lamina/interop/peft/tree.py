@@ -124,12 +124,15 @@ _LORA_FUNCTIONS = {
     "loraga": "preprocess_loraga",
     "monteclora": "MontecloraSampler",
     "velora": (
-        "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
-        "_reshape_to_grouped_subtokens"
+        "VeloraFunction _compress_activations=compress_activations "
+        "_get_group_dim=get_group_dim _normalize_projection=normalize_projection "
+        "_reconstruct_activations=reconstruct_activations "
+        "_reshape_to_grouped_subtokens=reshape_to_grouped_subtokens"
     ),
 }
 # Where they are not in modules of the drop-in.
 _LORA_HOMES = {
+    "monteclora": "lamina.engine.variants.monteclora",
     "corda": "lamina.engine.preparing.corda",
     "eva": "lamina.engine.preparing.eva",
     "loraga": "lamina.engine.preparing.loraga",
@@ -215,7 +218,7 @@ TREE: dict[str, dict[str, str]] = {
         ),
     },
     "peft.tuners": {},
-    "peft.tuners._buffer_dict": _at(f"{_OWN}.buffers", "BufferDict"),
+    "peft.tuners._buffer_dict": _at("lamina.engine.buffers", "BufferDict"),
     "peft.tuners.lora": {},
     "peft.tuners.lora.config": {
         **_at(_CONFIGS, _METHOD_CONFIGS),

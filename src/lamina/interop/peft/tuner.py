@@ -132,6 +132,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         if adapter_name in self.peft_config:
             native.LoraModel.delete_adapter(self, adapter_name)
         self._refuse_second_bias(config)
+        self._refuse_mixed_kasa(config)
         misfits = fit(self, config, state_dict)
         self.adapter_state.changes_stay = True
         native.LoraModel.add(
@@ -150,6 +151,21 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
+
+    def _get_kasa_loss(self, adapter_names: Any = None) -> Any:
+        return self.kasa_loss(adapter_names)
+
+    def _get_monteclora_loss(self, adapter_names: Any = None) -> Any:
+        return self.monteclora_loss(adapter_names)
+
+    def _refuse_mixed_kasa(self, config: Any) -> None:
+        """In this mode what KaSA took out of the base stays out of it, for all adapters."""
+        others = [c for c in self.peft_config.values() if c is not config]
+        if any((c.kasa_config is None) != (config.kasa_config is None) for c in others):
+            raise ValueError(
+                "KaSA cannot be combined with adapters that don't use KaSA, since KaSA changes the "
+                "base's weights."
+            )
 
     def _refuse_second_bias(self, config: Any) -> None:
         biased = [c for c in self.peft_config.values() if c.bias != "none"]

@@ -11,9 +11,12 @@ import torch
 from lamina.engine import variants as native
 from lamina.engine.routing import BASE
 from lamina.engine.variants.alora import invocation_offsets
+from lamina.engine.variants.bdlora import BlockDiagonalLinear
 from lamina.errors import RoutingError
 from lamina.interop.peft.standing import StandsFor
 from lamina.model.routing import warn_unfound
+
+__all__ = ["BlockDiagonalLinear"]
 
 
 class DoraLinearVariant(metaclass=StandsFor):
@@ -50,6 +53,36 @@ class ALoraLinearVariant(metaclass=StandsFor):
     """aLoRA."""
 
     stands_for = native.ALora
+
+
+class KasaLinearVariant(metaclass=StandsFor):
+    """KaSA."""
+
+    stands_for = native.Kasa
+
+
+class VeloraLinearVariant(metaclass=StandsFor):
+    """VeLoRA."""
+
+    stands_for = native.Velora
+
+
+class BdLoraLinearVariant(metaclass=StandsFor):
+    """BD-LoRA."""
+
+    stands_for = native.BdLora
+
+
+class MontecloraLinearVariant(metaclass=StandsFor):
+    """MonteCLoRA."""
+
+    stands_for = native.Monteclora
+
+
+class QALoraLinearVariant(metaclass=StandsFor):
+    """QA-LoRA."""
+
+    stands_for = native.QALora
 
 
 def calculate_alora_offsets(
