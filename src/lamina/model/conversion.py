@@ -67,7 +67,7 @@ def convert_to_lora(
     tensors: Tensors = {}
     shown: Iterable[tuple[str, nn.Module]] = layers
     if progressbar:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         shown = tqdm(layers, desc="Converting to LoRA")
     for name, layer in shown:
@@ -173,13 +173,14 @@ def _begin(model: nn.Module, adapter: str, rank: int | float) -> LoraConfig:
                 "beside the weights would be lost.",
             )
     taken = ("layers_pattern", "layers_to_transform", "modules_to_save", "exclude_modules")
+    copied: dict[str, Any] = {name: copy.copy(getattr(theirs, name, None)) for name in taken}
     return LoraConfig(
         r=base,
         lora_alpha=base,
         target_modules=copy.copy(theirs.target_modules),
         base_model_name_or_path=theirs.base_model_name_or_path,
         task_type=getattr(theirs.task_type, "value", theirs.task_type),
-        **{field: copy.copy(getattr(theirs, field, None)) for field in taken},
+        **copied,
     )
 
 

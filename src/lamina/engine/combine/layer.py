@@ -192,7 +192,8 @@ def _sum(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
 def _dense(part: Part) -> torch.Tensor:
     """The part's update without its weight: groups x out/groups x in."""
     if part.update is not None:
-        return part.update.flatten(1).unflatten(0, (_groups(part.factors), -1))
+        whole: torch.Tensor = part.update.flatten(1).unflatten(0, (_groups(part.factors), -1))
+        return whole
     a, b = _blocks(part.factors)
     return b @ a * part.factors.scaling
 
