@@ -80,6 +80,6 @@ def _unmark(model: Any) -> None:
             delattr(model, mark)
     if getattr(model, "is_quantized", False):
         model.is_quantized = False
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -26,7 +26,7 @@ class _StraightThrough(torch.autograd.Function):
         return base(x.detach())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight = ctx.weight.read().to(gradient.dtype)
         return (gradient @ weight).to(ctx.dtype), None, None
@@ -46,5 +46,5 @@ def straight_through(
 
     Source: the straight-through estimator, arXiv:1308.3432.
     """
-    result: torch.Tensor = _StraightThrough.apply(x, base, weight)
+    result: torch.Tensor = _StraightThrough.apply(x, base, weight)  # type: ignore[no-untyped-call]
     return result

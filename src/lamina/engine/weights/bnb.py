@@ -56,12 +56,12 @@ class Bnb4bitWeight(QuantisedWeight):
         return self.dtype if state is None else _value_dtype(state)
 
     def read(self) -> torch.Tensor:
-        if self._state is None:
-            return self.parameter.data
-        return _dequantised4(self.parameter.data, self._state)
+        data: torch.Tensor = self.parameter.data
+        return data if self._state is None else _dequantised4(data, self._state)
 
-    def swap(self, values: torch.Tensor) -> nn.Parameter:
-        before, state = self.parameter, self._state
+    def swap(self, values: torch.Tensor) -> Any:
+        before: Any = self.parameter
+        state = self._state
         parameters: Any = require("bitsandbytes.nn", "quant")
         after = parameters.Params4bit(
             values.contiguous(),
@@ -183,7 +183,7 @@ class Bnb8bitWeight(QuantisedWeight):
         if parameter.dtype != torch.int8:
             plain: torch.Tensor = parameter.data
             return plain
-        scales = stored.scales if parameter.SCB is None else parameter.SCB
+        scales: Any = stored.scales if parameter.SCB is None else parameter.SCB
         functional: Any = require("bitsandbytes.functional", "quant")
         dense: torch.Tensor = functional.int8_vectorwise_dequant(
             parameter.data, scales.to(parameter.device)
