@@ -24,6 +24,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
 
     def __post_init__(self) -> None:
         self._check_task()
+        self._refuse_strange_types()
         self._refuse_contradictions()
         self._warn_of_task()
         super().__post_init__()
@@ -51,6 +52,12 @@ class LoraConfig(native.LoraConfig, PeftConfig):
             return [f"`r` should be a positive integer value but the value passed is {rank}"]
         return [*checks.faults_of_numbers(self), *checks.faults_of_choices(self)]
 
+    def _refuse_strange_types(self) -> None:
+        for name, kind in METHODS.items():
+            if not isinstance(getattr(self, name), (kind, dict, type(None))):
+                known = kind.__name__
+                raise TypeError(f"`{known}` must be a `{known}`, a dict, or None.")
+
     def _refuse_contradictions(self) -> None:
         by_regex = isinstance(self.target_modules, str)
         for name in ("layers_to_transform", "layers_pattern"):
@@ -62,10 +69,6 @@ class LoraConfig(native.LoraConfig, PeftConfig):
             )
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
-        for name, kind in METHODS.items():
-            if not isinstance(getattr(self, name), (kind, dict, type(None))):
-                known = kind.__name__
-                raise TypeError(f"`{known}` must be a `{known}`, a dict, or None.")
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ConfigError(
                 "The argument lora_bias=True is only supported with init_lora_weights=True or "
