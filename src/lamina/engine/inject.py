@@ -182,8 +182,7 @@ def _warn_of_ties(config: LoraConfig, plan: Plan) -> None:
 
 def _layer_at(place: Place) -> LoraLayer:
     """The layer with the factors at a place."""
-    layer = next(each for each in reversed(_chain(_now(place))) if isinstance(each, LoraLayer))
-    return layer
+    return next(each for each in reversed(_chain(_now(place))) if isinstance(each, LoraLayer))
 
 
 def _save_module(

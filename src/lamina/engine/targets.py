@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -19,22 +19,9 @@ from lamina.engine.linears import head_names, linear_names
 from lamina.engine.names import Place, places, suffixes, within
 from lamina.engine.parameters import ParameterHit, find_parameters, skipped_experts, why_not
 from lamina.engine.spelling import find_all_linear_names, spell, spell_saved
+from lamina.engine.ties import tied_to_embedding
 from lamina.engine.tokens import TokenPlan, find_tokens
-
-# What is usual, by the names that an architecture's attention has; the first that fits is taken.
-_USUAL_TARGETS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_proj", "value_proj"),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("c_attn",),
-    ("Wqkv",),
-    ("qkv",),
-    ("q", "v"),
-    ("q_lin", "v_lin"),
-    ("to_q", "to_v"),
-)
+from lamina.engine.usual import usual_targets
 
 # Fields whose every pattern has to match something, beside target_modules.
 _CHECKED = (
@@ -55,13 +42,15 @@ _WITHOUT_BIAS = {
 class LayerPlan:
     """One layer to adapt: its plain name, the class that adapts it, its numbers.
 
-    `parameter` names the parameter, where one is adapted by itself.
+    `parameter` names the parameter, where one is adapted by itself; `tied_to` is the plain name of
+    the layer whose factors this one takes.
     """
 
     name: str
     kind: type[LoraLayer]
     record: LayerAdapter
     parameter: str | None = None
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,8 @@ class Plan:
         saved: plain names of the modules to train whole.
         counts: how many layers each pattern of `target_modules` hit.
         tokens: the tables whose rows it replaces.
+        ties: plain names of the modules that share the input embedding's weight, itself first,
+            where the config asks for their adapters to be tied.
         skipped: plain names of expert parameters that "all-linear" doesn't take in.
     """
 
@@ -81,6 +72,7 @@ class Plan:
     counts: dict[str, int]
     skipped: tuple[str, ...] = ()
     tokens: tuple[TokenPlan, ...] = ()
+    ties: tuple[str, ...] = ()
 
 
 def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Plan:
@@ -107,6 +99,7 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
         layer = finder.plan(place, patterns)
         if layer is not None:
             layers.append(layer)
+    layers = finder.with_tied(layers)
     hits = find_parameters(everything, frozenset(config.target_parameters or ()))
     layers += finder.plan_parameters(hits, {layer.name for layer in layers})
     faults = finder.faults(strict=strict)
@@ -119,7 +112,12 @@ def make_plan(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> P
         raise plan_error(faults, finder.unsupported, linear_names(everything, model), config)
     skipped = skipped_experts(everything, hits) if finder.targets == ALL_LINEAR else ()
     return Plan(
-        tuple(layers), tuple(finder.saved), dict(finder.counts), tuple(skipped), tuple(tokens)
+        tuple(layers),
+        tuple(finder.saved),
+        dict(finder.counts),
+        tuple(skipped),
+        tuple(tokens),
+        finder.ties,
     )
 
 
@@ -158,7 +156,10 @@ class _Finder:
         }
         self.all_linear: set[str] = set()
         self.targets = self._targets(model)
+        self.ties = tied_to_embedding(model, everything) if config.ensure_weight_tying else ()
         self.saved = self._saved()
+        if set(self.ties) & set(self.saved):
+            self.saved = [*self.ties, *(name for name in self.saved if name not in self.ties)]
 
     def _targets(self, model: nn.Module) -> Collection[str] | str:
         targets = self.config.target_modules
@@ -228,6 +229,24 @@ class _Finder:
         record = self._record(place.name)
         self._check_layer(place, kind, record)
         return LayerPlan(place.name, kind, record)
+
+    def with_tied(self, layers: list[LayerPlan]) -> list[LayerPlan]:
+        """The plans, those of all tied modules among them where one is hit, each after its own."""
+        hit = {layer.name: layer for layer in layers}
+        if not hit.keys() & set(self.ties):
+            return layers
+        by_name = {place.name: place for place in self.everything}
+        first, *others = self.ties
+        own = hit.get(first) or self.plan(by_name[first], [])
+        rest = [layer for layer in layers if layer.name not in self.ties]
+        if own is None:
+            return rest
+        tied = [
+            LayerPlan(name, kind, replace(own.record, target=name), tied_to=first)
+            for name in others
+            if (kind := layer_class(by_name[name].original)) is not None
+        ]
+        return [own, *tied, *rest]
 
     def plan_parameters(
         self, hits: Iterable[ParameterHit], adapted: Collection[str]
@@ -352,12 +371,6 @@ def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
         if match:
             return int(match.group(1))
     return None
-
-
-def usual_targets(names: Iterable[str]) -> tuple[str, ...]:
-    """The names usually adapted in an architecture: its query and value projections."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    return next((usual for usual in _USUAL_TARGETS if leaves.issuperset(usual)), ())
 
 
 __all__ = [

@@ -27,9 +27,22 @@ class ModulesToSaveWrapper(Switched):
         self.modules_to_save = nn.ModuleDict()
         self.train(module_to_save.training)
 
-    def add_adapter(self, name: str) -> None:
-        """Give an adapter its copy; it begins as what the forward takes now."""
-        self.modules_to_save[name] = copy.deepcopy(self.effective())
+    def add_adapter(self, name: str, tied_to: ModulesToSaveWrapper | None = None) -> None:
+        """Give an adapter its copy; it begins as what the forward takes now.
+
+        Args:
+            name: the adapter.
+            tied_to: the wrapper of the embedding whose copy's weight this copy shares.
+        """
+        original: Any = self.effective()
+        if tied_to is None:
+            self.modules_to_save[name] = copy.deepcopy(original)
+            return
+        shared = tied_to.modules_to_save[name].weight
+        # What is in the memo already is not copied.
+        self.modules_to_save[name] = copy.deepcopy(original, {id(original.weight): shared})
+        # Not as children: the wrappers lie side by side in the model.
+        self.__dict__.setdefault("_tied", {})[name] = tied_to
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter's copy."""
@@ -50,6 +63,11 @@ class ModulesToSaveWrapper(Switched):
         """Make `value` the parameter or buffer `leaf` of an adapter's copy; no copy is made."""
         path, _, attribute = leaf.rpartition(".")
         owner = self.modules_to_save[name].get_submodule(path)
+        source = self.__dict__.get("_tied", {}).get(name)
+        if source is not None and leaf == "weight":
+            source.assign(name, leaf, value)
+            owner._parameters[attribute] = source.modules_to_save[name].weight
+            return
         before = owner._parameters.get(attribute)
         if before is None:
             owner._buffers[attribute] = value
