@@ -5,15 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.setup-done
 DOCS_STAMP := $(VENV)/.docs-done
+# A second environment, in which there is no peft for Lamina to stand in front of.
+ECOSYSTEM := .venv-ecosystem
+ECOSYSTEM_STAMP := $(ECOSYSTEM)/.setup-done
 CHECKED := src tests scripts benchmarks
 # `make test PYTEST_ARGS="tests/engine -x"` runs a part.
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench docs pins clean
+.PHONY: help setup demo test ecosystem lint format bench docs pins clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Install everything into .venv (once)
 
@@ -32,6 +35,16 @@ demo: $(STAMP) ## Take a small model through three stages of real text
 
 test: $(STAMP) ## Run the tests on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+$(ECOSYSTEM_STAMP): pyproject.toml constraints.txt
+	test -x $(ECOSYSTEM)/bin/python || $(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[ecosystem,tests]'
+	! $(ECOSYSTEM)/bin/python -c 'import peft' 2>/dev/null
+	@touch $@
+
+ecosystem: $(STAMP) $(ECOSYSTEM_STAMP) ## Train with the libraries around peft, without and beside it
+	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Style, types, import layers, length of files
 	$(BIN)/ruff check $(wildcard $(CHECKED))
