@@ -32,10 +32,21 @@ from lamina.errors import (
 
 if TYPE_CHECKING:
     from lamina.config import (
+        AdaLoraConfig,
+        ArrowConfig,
+        BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
+        KasaConfig,
+        LoftQConfig,
         LoraConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        MontecloraConfig,
         PeftConfig,
         PeftType,
         TaskType,
+        VeloraConfig,
     )
     from lamina.engine.targets import (
         find_all_linear_names,
@@ -87,8 +98,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterNameError",
     "AlreadyAdaptedError",
+    "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -96,18 +109,26 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BdLoraConfig",
     "CheckpointError",
     "CombineReport",
     "ConfigError",
     "ConversionError",
+    "CordaConfig",
+    "EvaConfig",
     "FoldError",
+    "KasaConfig",
     "KeyMismatchError",
     "LaminaError",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "MergeComparison",
     "MissingExtraError",
     "MissingFileError",
+    "MontecloraConfig",
     "OptimizerError",
     "PeftConfig",
     "PeftModel",
@@ -126,6 +147,7 @@ __all__ = [
     "UnsupportedFieldError",
     "UnsupportedMethodError",
     "UnsupportedTargetError",
+    "VeloraConfig",
     "__version__",
     "begin_stage",
     "check_gradients",
@@ -154,7 +176,23 @@ __all__ = [
 
 # Where a name lives that is neither an error nor of the facade.
 _ELSEWHERE = {
-    "lamina.config": {"LoraConfig", "PeftConfig", "PeftType", "TaskType"},
+    "lamina.config": {
+        "AdaLoraConfig",
+        "ArrowConfig",
+        "BdLoraConfig",
+        "CordaConfig",
+        "EvaConfig",
+        "KasaConfig",
+        "LoftQConfig",
+        "LoraConfig",
+        "LoraGAConfig",
+        "LoraRuntimeConfig",
+        "MontecloraConfig",
+        "PeftConfig",
+        "PeftType",
+        "TaskType",
+        "VeloraConfig",
+    },
     "lamina.engine.targets": {"find_all_linear_names"},
     "lamina.optim": {
         "create_lorafa_optimizer",
