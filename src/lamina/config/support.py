@@ -5,5 +5,4 @@ from __future__ import annotations
 # The value that means "off" is the field's default.
 NOT_SUPPORTED = (
     "megatron_config",
-    "layer_replication",
 )

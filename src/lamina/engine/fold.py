@@ -270,4 +270,7 @@ def unload(model: nn.Module, state: AdapterState) -> nn.Module:
     unfold(model)
     give_back(model, state.configs)
     state.biases.show(())
-    return strip(model, keep_saved=False)
+    bare = strip(model, keep_saved=False)
+    if state.replication is not None:
+        state.replication.undo()
+    return bare

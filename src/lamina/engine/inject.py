@@ -22,6 +22,7 @@ from lamina.engine.layers.parameter import wrapped, wrappers
 from lamina.engine.layers.tying import tie
 from lamina.engine.names import Place, places, unadapted, within
 from lamina.engine.parameters import endings
+from lamina.engine.replication import replicated
 from lamina.engine.state import AdapterState
 from lamina.engine.targets import LayerPlan, Plan, make_plan
 from lamina.engine.tokens import TokenPlan
@@ -56,7 +57,8 @@ def inject(
         AdapterNameError, TargetError: nothing has been changed.
     """
     state.check_new_name(name)
-    plan = make_plan(model, config, strict=strict)
+    with replicated(model, config, state):
+        plan = make_plan(model, config, strict=strict)
     occupied: dict[int, list[Place]] = defaultdict(list)
     by_name: dict[str, Place] = {}
     for place in places(model):
@@ -72,19 +74,14 @@ def inject(
         record = layer_plan.record
         layer = _layer_for(layer_plan, place, occupied[id(place.original)], state)
         if layer_plan.tied_to is not None:
-            source = _layer_at(by_name[layer_plan.tied_to])
-            tie(layer, name, layer_plan.record, source)
+            tie(layer, name, record, _layer_at(by_name[layer_plan.tied_to]))
             continue
         # What an initialisation changes in the base has to be changed before a file is loaded too.
         changes = changes_base(config.init_lora_weights) or record.variant.changes_base
         wanted = initialise or changes
         init = config.init_lora_weights if wanted else None
         layer.add_adapter(name, record, init=init, upcast=upcast)
-    tied_to = None
-    for saved in plan.saved:
-        wrapper = _save_module(by_name[saved], occupied, name, state, tied_to)
-        # The embedding comes first of those that are tied to it.
-        tied_to = wrapper if saved in plan.ties[:1] else tied_to if saved in plan.ties else None
+    _save_modules(plan, by_name, occupied, name, state)
     for tokens in plan.tokens:
         _replace_rows(tokens, by_name, occupied, name, state, (config, initialise, upcast))
     adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
@@ -183,6 +180,21 @@ def _warn_of_ties(config: LoraConfig, plan: Plan) -> None:
 def _layer_at(place: Place) -> LoraLayer:
     """The layer with the factors at a place."""
     return next(each for each in reversed(_chain(_now(place))) if isinstance(each, LoraLayer))
+
+
+def _save_modules(
+    plan: Plan,
+    by_name: dict[str, Place],
+    occupied: dict[int, list[Place]],
+    name: str,
+    state: AdapterState,
+) -> None:
+    embedding = None
+    # The embedding comes first of those that are tied to it.
+    for saved in plan.saved:
+        tied_to = embedding if saved in plan.ties else None
+        wrapper = _save_module(by_name[saved], occupied, name, state, tied_to)
+        embedding = embedding or wrapper
 
 
 def _save_module(

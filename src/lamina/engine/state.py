@@ -54,6 +54,7 @@ class AdapterState:
         biases: the base's biases that adapters have trained along.
         folded_layers: how many layers have adapters folded in; which ones, the layers know.
         members: the layers that read this state.
+        replication: what repeated the model's layers, and can undo it; None if nothing did.
         overridden: how many of them were told something else, one by one.
         changes_stay: leave the base as initialisations changed it (PiSSA and its like), whether
             their adapters take part or not, and also when they go; else it gets back what it had.
@@ -69,6 +70,7 @@ class AdapterState:
     folded_layers: int = 0
     members: WeakSet[Any] = field(default_factory=WeakSet, repr=False)
     overridden: int = 0
+    replication: Any = None
     changes_stay: bool = False
     requantise: bool = False
     routing: Routing | None = None

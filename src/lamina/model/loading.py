@@ -135,6 +135,8 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
             state.biases.show(())
             give_back(model, state.configs)
         strip(model, keep_saved=False)
+        if state is not None and state.replication is not None:
+            state.replication.undo()
         for parameter, before in asked:
             parameter.requires_grad_(before)
         for module, mode in training:
