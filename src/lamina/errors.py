@@ -109,6 +109,10 @@ class PreflightError(LaminaError, RuntimeError):
     """Training would run, and train nothing or the wrong thing."""
 
 
+class AllocationError(LaminaError, TypeError, ValueError):
+    """Ranks can't be shared out among layers."""
+
+
 class OptimizerError(LaminaError, ValueError, TypeError):
     """An optimizer can't be made, stepped or restored as asked."""
 

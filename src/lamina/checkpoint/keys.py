@@ -8,7 +8,7 @@ torch wraps around modules (compile, FSDP, data parallel) are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,12 @@ from lamina.checkpoint.origin import PREFIX, WRAPPERS
 from lamina.engine.layers import (
     LoraLayer,
     ModulesToSaveWrapper,
+    SvdLayer,
     TrainableTokensLayer,
     TrainableTokensWrapper,
 )
 from lamina.engine.layers.parameter import wrappers
+from lamina.engine.layers.svd import RANKS_ALONG
 from lamina.engine.names import Place, places
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import disk_leaf, places_of_variants
@@ -46,6 +48,8 @@ class Slot:
         kind: "factor", "saved" (of a module trained whole) or "bias" (of the base).
         tensor: what is there now; on the meta device if it is still to be filled.
         put: makes a tensor of the right shape the new value.
+        ranks_along: the dimension that may have another size, since an adapter's ranks lie along
+            it and are shared out among layers.
     """
 
     module: str
@@ -53,6 +57,14 @@ class Slot:
     kind: str
     tensor: torch.Tensor
     put: Callable[[torch.Tensor], None]
+    ranks_along: int | None = None
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape can be put there."""
+        here = list(self.tensor.shape)
+        if self.ranks_along is not None and len(shape) == len(here):
+            here[self.ranks_along] = shape[self.ranks_along]
+        return list(shape) == here
 
 
 def slots(
@@ -101,7 +113,9 @@ def disk_names(model: nn.Module) -> Iterator[tuple[Place, str]]:
 def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
     for inside, part in parts(layer, name, adapter):
         for leaf, parameter in {**part.tensors(adapter), **part.buffers_of(adapter)}.items():
-            yield Slot(inside, leaf, "factor", parameter, _factor_setter(part, adapter, leaf))
+            along = RANKS_ALONG.get(leaf) if isinstance(part, SvdLayer) else None
+            put = _factor_setter(part, adapter, leaf)
+            yield Slot(inside, leaf, "factor", parameter, put, along)
     if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
         for leaf, tensor in layer.tensors(adapter).items():
             yield Slot(name, leaf, "saved", tensor, _saved_setter(layer, adapter, leaf))
@@ -138,7 +152,7 @@ def _parts_of_table(
 def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:
     def put(value: torch.Tensor) -> None:
         current = {**layer.tensors(adapter), **layer.buffers_of(adapter)}[leaf]
-        if current.is_meta:
+        if current.is_meta or current.shape != value.shape:
             device = layer.weight_view.device
             # The base may have its weights elsewhere for now; these would be lost on meta.
             where = value.device if device.type == "meta" else device

@@ -10,6 +10,7 @@ from torch import nn
 
 from lamina.checkpoint.keys import Slot, disk_names, is_double, map_keys, parts, respelt_bias, slots
 from lamina.checkpoint.origin import PREFIX, plain_key
+from lamina.checkpoint.ranks import misfits
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer
 from lamina.engine.names import places
@@ -50,11 +51,7 @@ def fill_adapter(
     given = _renamed(tensors, wanted, key_mapping or {})
     base = _base_tensors(model, given, wanted)
     matched = {key: slot for key, slot in wanted.items() if key in given}
-    wrong = [
-        (key, tuple(given[key].shape), tuple(slot.tensor.shape))
-        for key, slot in matched.items()
-        if given[key].shape != slot.tensor.shape
-    ]
+    wrong = misfits(matched, given)
     for key, _, _ in wrong:
         del matched[key]
     zero = [

@@ -18,7 +18,8 @@ from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
-from lamina.model import loading, saving
+from lamina.model import loading, replacing, saving
+from lamina.model.adalora import tuner_for
 from lamina.model.adapted import refuse_adapted
 from lamina.model.checkpointing import enable_checkpointing, hook_inputs, is_checkpointing
 from lamina.model.describe import trainable_summary
@@ -63,7 +64,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         refuse_adapted(model)
-        tuner = LoraModel(model)
+        tuner = tuner_for(peft_config)(model)
         if peft_config is not None:
             tuner.add(
                 adapter_name,
@@ -158,15 +159,15 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         **options: Any,
     ) -> Any:
-        """Load one more adapter; it is not active yet. Options as of `from_pretrained`.
+        """Load one more adapter, not active yet, or over one that is there with the same config.
 
-        Returns:
-            A `LoadReport`.
+        Options are those of `from_pretrained`; returns a `LoadReport`.
         """
+        options = {**options, "torch_device": torch_device} if torch_device else options
+        if adapter_name in self.peft_config:
+            return replacing.replace(self, model_id, adapter_name, options)
         config = options.pop("config", None)
-        file, how = loading.read(
-            model_id, config, {**options, "torch_device": torch_device} if torch_device else options
-        )
+        file, how = loading.read(model_id, config, options)
         file.config.inference_mode = not is_trainable
         config = self._own_config(self.get_base_model(), file.config)
         self.base_model.add(
@@ -312,7 +313,7 @@ class PeftModel(nn.Module):
         }
         given = {name: value for name, value in named.items() if value is not None} | kwargs
         with self._routed(args, given):
-            return self.get_base_model()(*args, **given)
+            return self.base_model.finish(self.get_base_model()(*args, **given))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's generation; `adapter_names` and `alora_offsets` as of `forward`."""
@@ -371,7 +372,7 @@ class PeftModel(nn.Module):
     @property
     def peft_type(self) -> str:
         """The kind of adapter."""
-        return "LORA"
+        return self.base_model.peft_type
 
     def get_layer_status(self) -> list[Any]:
         """The state of every adapted layer; see `lamina.get_layer_status`."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from lamina.checkpoint.keys import slots, taken
 from lamina.checkpoint.load import fill_adapter
+from lamina.checkpoint.ranks import without_lost_ranks
 from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.inject import delete_adapter, find_state, inject, strip_idle
@@ -95,8 +96,10 @@ def get_peft_model_state_dict(
     """
     found = slots(model, adapter_name, _state(model, adapter_name), alone=True)
     if state_dict is None:
-        return {key: slot.tensor for key, slot in found.items()}
-    return taken(found, adapter_name, state_dict)
+        tensors = {key: slot.tensor for key, slot in found.items()}
+    else:
+        tensors = taken(found, adapter_name, state_dict)
+    return without_lost_ranks(tensors, found, _state(model, adapter_name).configs[adapter_name])
 
 
 def set_peft_model_state_dict(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lamina.config import LoraConfig
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LoraLayer, lora_layers
 from lamina.engine.state import AdapterState
@@ -98,7 +99,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(_inner(model)).__name__,
         adapter_model_type="LoraModel" if hasattr(model, "base_model") else "None",
-        peft_types=dict.fromkeys(adapters, "LORA"),
+        peft_types={name: _kind(state.configs[name]) for name in adapters},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -140,3 +141,8 @@ def _state(model: nn.Module) -> AdapterState:
             "The model has no adapters.", cure="lamina.get_peft_model(model, config)"
         )
     return state
+
+
+def _kind(config: LoraConfig) -> str:
+    kind = config.peft_type
+    return str(getattr(kind, "value", kind))

@@ -18,6 +18,7 @@ from lamina.engine.trainability import (
     apply_trainability,
     live_adapters,
 )
+from lamina.errors import ConfigError
 from lamina.model import merging, penalties
 from lamina.model.combining import CombineReport, add_weighted_adapter
 from lamina.model.conversion import supports_lora_conversion
@@ -33,6 +34,7 @@ class LoraModel(nn.Module):
     """
 
     prefix = "lora_"
+    peft_type = "LORA"
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class LoraModel(nn.Module):
     ) -> None:
         """Add an adapter; it becomes active only if it is the first."""
         first = not self.adapter_state.configs
+        self.check_method(config)
         inject(
             self.model,
             name,
@@ -82,6 +85,20 @@ class LoraModel(nn.Module):
         )
         if first:
             self.activate([name])
+
+    def check_method(self, config: LoraConfig) -> None:
+        """Refuse adapters of several methods in one model.
+
+        Raises:
+            ConfigError: there are some of another one.
+        """
+        kinds = {each.peft_type for each in (*self.adapter_state.configs.values(), config)}
+        if len(kinds) > 1:
+            names = " and ".join(sorted(getattr(kind, "value", str(kind)) for kind in kinds))
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types: {names}.",
+                cure="use a model of its own for each method, or merge one adapter first",
+            )
 
     def activate(self, names: Iterable[str], train: Iterable[str] | None = None) -> None:
         """Make exactly these adapters active; `train` says which of all are trainable."""
@@ -162,7 +179,11 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's output."""
-        return self.model(*args, **kwargs)
+        return self.finish(self.model(*args, **kwargs))
+
+    def finish(self, outputs: Any) -> Any:
+        """What the model answers, from what the adapted one gives: the same."""
+        return outputs
 
     # --- folding -----------------------------------------------------------------------------
 

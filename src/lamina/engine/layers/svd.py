@@ -17,6 +17,8 @@ from lamina.engine.layers.linear import is_conv1d, linear_shape
 from lamina.engine.ops.dispatch import lora_linear, lora_linear_delta
 from lamina.engine.state import AdapterState
 
+# The dimension of a parameter along which its ranks lie.
+RANKS_ALONG = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 # What keeps a layer without ranks from dividing by zero.
 _TINY = 1e-5
 
@@ -65,10 +67,21 @@ class SvdLayer(LoraLayer):
         device = self.weight_view.device
         if device.type == "meta":
             return
-        for leaf, parameter in self.tensors(name).items():
-            value = torch.empty_like(parameter, device=device)
-            spread = 1.0 if not init else 0.0 if leaf == "lora_E" else 0.02
-            self.assign(name, leaf, value.normal_(std=spread) if spread else value.zero_())
+        tensors = self.tensors(name)
+        # As many numbers as PEFT draws, and in its order.
+        drawn = {leaf: torch.randn(tensors[leaf].shape) for leaf in ("lora_A", "lora_E", "lora_B")}
+        torch.randn(1)
+        if init:
+            drawn["lora_E"].zero_()
+            drawn["lora_A"].normal_(std=0.02)
+            drawn["lora_B"].normal_(std=0.02)
+        for leaf, value in drawn.items():
+            self.assign(name, leaf, value.to(device, tensors[leaf].dtype))
+
+    def assign(self, name: str, leaf: str, value: torch.Tensor) -> None:
+        super().assign(name, leaf, value)
+        if leaf == "lora_A":
+            self.r[name] = len(value)
 
     def right_vectors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A * E` and B."""
@@ -97,9 +110,8 @@ class SvdLayer(LoraLayer):
         """Leave only some of an adapter's ranks; its scaling stays the same."""
         for leaf, parameter in self.tensors(adapter).items():
             kept = torch.tensor(mask, device=parameter.device)
-            value = parameter[:, kept] if leaf == "lora_B" else parameter[kept]
+            value = parameter[:, kept] if RANKS_ALONG[leaf] else parameter[kept]
             self.assign(adapter, leaf, value.clone())
-        self.r[adapter] = sum(mask)
 
 
 class SvdLinear(SvdLayer):
