@@ -184,6 +184,31 @@ def test_trained_biases_are_summed_from_the_base() -> None:
     assert torch.equal(shown, own)
 
 
+def test_rows_that_adapters_replace_are_summed_from_the_table(tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj"], "r": 2}
+    model = get_peft_model(
+        models.tiny_llama(), LoraConfig(trainable_token_indices=[5, 2], **config)
+    )
+    model.add_adapter("other", LoraConfig(trainable_token_indices=[7, 5], **config))
+    fill(model)
+    fill(model, "other", seed=2)
+    layer = model.base_model.model.model.embed_tokens.token_adapter
+    own = models.tiny_llama().model.embed_tokens.weight.detach()
+    one, other = layer.rows("default").detach(), layer.rows("other").detach()
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", "cat")
+    assert layer.token_indices["sum"] == [2, 5, 7]
+    wanted = [
+        own[2] + 0.5 * (one[1] - own[2]),
+        own[5] + 0.5 * (one[0] - own[5]) + 2 * (other[1] - own[5]),
+        own[7] + 2 * (other[0] - own[7]),
+    ]
+    torch.testing.assert_close(layer.rows("sum").detach(), torch.stack(wanted))
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(models.tiny_llama(), tmp_path / "sum")
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
 def test_adapters_that_act_from_the_same_tokens_on_are_combined() -> None:
     config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(

@@ -13,12 +13,14 @@ from torch import nn
 from lamina.config import LoraConfig
 from lamina.engine.combine import Combined, Method, Part, Settings, combine, method_of
 from lamina.engine.compose import Factors
+from lamina.engine.factored import factored_layers
 from lamina.engine.flat_config import flat_config
 from lamina.engine.inject import inject
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
-from lamina.engine.names import adapted_layers, places
+from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.errors import AdapterNameError, ConfigError
+from lamina.model.combining_rows import fill_rows, union_of_rows
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def add_weighted_adapter(
     shares = dict(zip(_distinct(adapters), _summed(adapters, weights), strict=True))
     layers = {
         name: layer
-        for name, layer in adapted_layers(model)
+        for name, layer in factored_layers(model)
         if any(adapter in layer.records for adapter in shares)
     }
     _check_layers(layers, shares, row, settings)
@@ -101,6 +103,7 @@ def add_weighted_adapter(
             wrapper.modules_to_save[owner].state_dict()
         )
     _fill_biases(state, shares, adapter_name)
+    fill_rows(model, shares, adapter_name)
     return _report(adapter_name, method, made)
 
 
@@ -181,8 +184,6 @@ def _faults_of_configs(state: AdapterState, adapters: Sequence[str]) -> list[str
                 "add_weighted_adapter does not support targeting nn.Parameter "
                 f"(problematic adapter '{adapter}')"
             )
-        if config.trainable_token_indices:
-            faults.append(f"{adapter!r} trains rows of embeddings (trainable_token_indices)")
     return faults
 
 
@@ -318,6 +319,9 @@ def _config(
         fan_in_fan_out=first.fan_in_fan_out,
         layer_replication=first.layer_replication,
         alora_invocation_tokens=first.alora_invocation_tokens,
+        trainable_token_indices=union_of_rows(
+            model, {adapter: state.configs[adapter] for adapter in adapters}
+        ),
     )
     ranks = {name: combined.factors.rank for name, combined in made.items()}
     return flat_config(model, plain, configs, ranks, 1.0, saved)

@@ -18,9 +18,9 @@ from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.keys import Slot, disk_key, respelt_bias, slots
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key
 from lamina.config import LoraConfig, PeftConfig, numbers
+from lamina.engine.factored import factored_layers
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LayerAdapter, LoraLayer
-from lamina.engine.names import adapted_layers
 from lamina.engine.padding import groups_of, padded, set_factor
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import variant_for
@@ -28,6 +28,16 @@ from lamina.errors import ConfigError, FoldError, KeyMismatchError
 from lamina.model.loading import HUB_OPTIONS
 from lamina.model.numbering import describe_numbers
 from lamina.storage.source import PathOrId
+
+# What the tensors and scalings don't tell.
+_COMPARED = (
+    "lora_dropout",
+    "use_dora",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
 
 
 def hotswap_adapter(
@@ -96,9 +106,11 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         raise ConfigError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
     faults = [
         f"for {field}, {getattr(first, field)!r} != {getattr(second, field)!r}"
-        for field in ("lora_dropout", "use_dora", "lora_bias")
+        for field in _COMPARED
         if getattr(first, field) != getattr(second, field)
     ]
+    if second.target_parameters:
+        faults.append("target_parameters: the factors of experts are not swapped")
     if type(variant_for(first)) is not type(variant_for(second)):
         kinds = [type(variant_for(each)).__name__ for each in (first, second)]
         faults.append(f"{kinds[0]} can't become {kinds[1]}")
@@ -133,7 +145,7 @@ def prepare_model_for_compiled_hotswap(
         ConfigError: nothing to prepare, or a rank that doesn't fit; nothing has been changed.
     """
     _check_not_compiled(model, check_compiled)
-    layers = dict(adapted_layers(model))
+    layers = dict(factored_layers(model))
     if not layers:
         raise ConfigError(
             "No adapter layers found on the model.",
@@ -236,7 +248,7 @@ def _swap(
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig,
 ) -> None:
-    layers = {n: layer for n, layer in adapted_layers(model) if adapter in layer.records}
+    layers = {n: layer for n, layer in factored_layers(model) if adapter in layer.records}
     if any(adapter in layer.merged_adapters for layer in layers.values()):
         raise FoldError(
             f"The adapter {adapter!r} is merged into the base weights; swapped now, it could "

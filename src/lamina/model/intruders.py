@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lamina.engine.combine import truncate_product
+from lamina.engine.factored import factored_layers
 from lamina.engine.layers import LoraLayer
-from lamina.engine.names import adapted_layers
 from lamina.errors import ConversionError
 from lamina.model.combining import is_sum
 
@@ -56,7 +56,7 @@ def reduce_intruder_dimension(
     peft_model.adapter_state.check_known([old_adapter_name])
     layers = {
         name: layer
-        for name, layer in adapted_layers(peft_model)
+        for name, layer in factored_layers(peft_model)
         if old_adapter_name in layer.records
     }
     _check(layers, old_adapter_name)
