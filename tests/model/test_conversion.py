@@ -66,6 +66,14 @@ def test_convolutions_are_refused() -> None:
     assert "stem" in caught.value.faults[0]
 
 
+def test_layers_of_other_adapters_are_left_alone() -> None:
+    model = llama_adapter()
+    model.add_adapter("other", LoraConfig(target_modules=["o_proj", "q_proj"], r=3))
+    fill(model, "other", seed=2)
+    tensors = convert_to_lora(model, 3, "other")[1]
+    assert {key.split(".")[-3] for key in tensors} == {"o_proj", "q_proj"}
+
+
 def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     convert_to_lora(llama_adapter(), 2, progressbar=True)
     assert "Converting to LoRA" in capsys.readouterr().err

@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 
 def supports_lora_conversion(model: nn.Module, adapter_name: str = "default") -> bool:
     """Whether `convert_to_lora` can take an adapter of this model: all its layers, and any."""
-    layers = [layer for _, layer in _tuner_layers(model)]
+    layers = [layer for _, layer in _tuner_layers(model) if _has(layer, adapter_name)]
     return bool(layers) and all(_converts(layer, adapter_name) for layer in layers)
 
 
@@ -61,7 +61,7 @@ def convert_to_lora(
         ConversionError: a rank that is none or too large, or layers that can't be converted.
     """
     _check_rank(rank)
-    layers = list(_tuner_layers(model))
+    layers = [(name, layer) for name, layer in _tuner_layers(model) if _has(layer, adapter_name)]
     _check_layers(layers, adapter_name)
     config = _begin(model, adapter_name, rank)
     tensors: Tensors = {}
@@ -121,10 +121,12 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _has(layer: nn.Module, adapter: str) -> bool:
+    return not isinstance(layer, LoraLayer) or adapter in layer.records
+
+
 def _converts(layer: nn.Module, adapter: str) -> bool:
     if isinstance(layer, LoraLayer):
-        if adapter not in layer.records:
-            return True
         variant, config = layer.records[adapter].variant, layer.records[adapter].config
         can_fold = variant.why_not_foldable(layer, adapter) is None
         return layer.kind == "linear" and can_fold and not config.kasa_config
