@@ -10,7 +10,16 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from lamina.errors import RecordError
 
@@ -59,11 +68,23 @@ class Lamina(_Part):
             a module is what this config says there.
         ranks: plain module name -> its rank there. In the file, the ranks of a module are those of
             the laminae in their order.
+        began: the `init_lora_weights` that took a part out of the base (PiSSA and its like), so
+            that these ranks were converted to lie over the base as it was before; else None.
+        taken: plain module name -> how many of its ranks, the last ones, are what was taken out.
+            They don't train; "continue" takes them out of the base again.
     """
 
     stage: str
     config: dict[str, Any]
     ranks: dict[str, int]
+    began: str | None = None
+    taken: dict[str, int] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Most laminae have left the base alone, and are written as they ever were.
+        values: dict[str, Any] = write(self)
+        return {k: v for k, v in values.items() if v or k not in ("began", "taken")}
 
     @field_validator("ranks")
     @classmethod

@@ -58,6 +58,10 @@ def flat_config(
             bias=_widest_bias(all_configs),
             lora_bias=any(each.lora_bias for each in all_configs),
             init_lora_weights=True,
+            loftq_config={},
+            eva_config=None,
+            corda_config=None,
+            lora_ga_config=None,
             inference_mode=True,
         )
         if _means(model, config, ranks, scaling):

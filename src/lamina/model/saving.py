@@ -11,12 +11,15 @@ import torch
 
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots, taken
-from lamina.config import ALL_LINEAR, LoraConfig
+from lamina.checkpoint.ranks import without_lost_ranks
+from lamina.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
+from lamina.engine.allocation import without_adapter
 from lamina.engine.layers import ModulesToSaveWrapper, lora_layers
 from lamina.engine.layers.linear import store_in_by_out
 from lamina.engine.names import places
 from lamina.engine.targets import spell, spell_saved
 from lamina.errors import CheckpointError
+from lamina.model.original import on_original_base
 from lamina.storage.atomic import atomic_directory
 
 if TYPE_CHECKING:
@@ -30,15 +33,27 @@ def save(
     state_dict: dict[str, torch.Tensor] | None = None,
     safe_serialization: bool = True,
 ) -> None:
-    """Write adapters in PEFT's layout: "default" at the root, others in folders."""
+    """Write adapters in PEFT's layout: "default" at the root, others in folders.
+
+    They are written for the base as it was, whatever their initialisation has changed in it.
+    """
     if not safe_serialization:
         raise CheckpointError(
             "Weights are written as safetensors only: opening a pickle can run code.",
             cure="leave safe_serialization at True",
         )
+    checkpoints = getattr(model.stage, "checkpoints", None)
+    if checkpoints is not None and adapters is None:
+        checkpoints.save(model, directory)
+        return
     names = model.adapter_state.check_known(model.peft_config if adapters is None else adapters)
     ready = [
-        (name, config_on_disk(model, name), adapter_tensors(model, name, state_dict))
+        (
+            name,
+            *on_original_base(
+                model, name, config_on_disk(model, name), adapter_tensors(model, name, state_dict)
+            ),
+        )
         for name in names
     ]
     with atomic_directory(directory) as staging:
@@ -55,8 +70,10 @@ def adapter_tensors(
         CheckpointError: `state_dict` was given and lacks some of them.
     """
     found = slots(model, name, model.adapter_state, alone=True)
+    config = model.peft_config[name]
     if state_dict is None:
-        return {key: slot.tensor.detach() for key, slot in found.items()}
+        own = {key: slot.tensor.detach() for key, slot in found.items()}
+        return without_lost_ranks(own, found, config)
     given = taken(found, name, state_dict)
     missing = sorted(found.keys() - given.keys())
     if missing:
@@ -65,7 +82,7 @@ def adapter_tensors(
             faults=missing[:6],
             cure="gather all parameters before saving, or leave state_dict out",
         )
-    return given
+    return without_lost_ranks(given, found, config)
 
 
 def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
@@ -76,6 +93,8 @@ def config_on_disk(model: PeftModel, name: str) -> LoraConfig:
     """
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+        config.rank_pattern = without_adapter(config.rank_pattern, name)
     base = model.get_base_model()
     layers = [layer for _, layer in lora_layers(base) if name in layer.records]
     config.fan_in_fan_out = store_in_by_out(layers)

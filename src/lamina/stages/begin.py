@@ -21,8 +21,10 @@ from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import HUB_OPTIONS, undone_on_error
 from lamina.stages.bases import base_faults, describe_base
+from lamina.stages.checkpoints import StageCheckpoints
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import Chain, take_apart
+from lamina.stages.original import check_saveable, split_off_taken, take_again
 from lamina.stages.restore import base_weight_faults, restore_part
 
 MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
@@ -112,6 +114,8 @@ def begin_stage(
         parent=chain.record if chain else None,
         older=tuple(older),
         config=trained or model.peft_config[name].to_dict(),
+        began=chain.parts[-1].lamina.began if chain and mode == "continue" else None,
+        checkpoints=StageCheckpoints(),
     )
     return model
 
@@ -219,6 +223,7 @@ _NO_RANKS = ("target_parameters", "trainable_token_indices", "layer_replication"
 
 def _check_one_file(model: PeftModel) -> None:
     """Refuse now what could not be saved as one adapter after training."""
+    check_saveable(model)
     faults = [
         f"{name!r}: {field}={getattr(config, field)!r}"
         for name, config in model.peft_config.items()
@@ -298,7 +303,9 @@ def _build(
     for part in older:
         restore_part(model, cast(Chain, chain), part, part.lamina.stage, drop_out=False)
     if mode == "continue":
-        restore_part(model, cast(Chain, chain), parts[-1], name, drop_out=True)
+        newest, taken = split_off_taken(model.get_base_model(), parts[-1])
+        restore_part(model, cast(Chain, chain), newest, name, drop_out=True)
+        take_again(model.get_base_model(), name, taken)
     else:
         own = model._own_config(model.get_base_model(), copy.deepcopy(cast(PeftConfig, config)))
         own.inference_mode = False

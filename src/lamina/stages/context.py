@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.checkpoint.record import Base, Lamina, Mode, StageRecord
 from lamina.errors import StageError
@@ -23,6 +23,8 @@ class StageContext:
         parent: the record of the chain below; None for the first stage.
         older: (adapter in the model, its lamina) for all ranks that don't train, oldest first.
         config: the config of the adapter that trains, as the user wrote it.
+        began: the initialisation by which its ranks have changed the base in an earlier stage.
+        checkpoints: how the model's `save_pretrained` and `load_adapter` treat the stage.
     """
 
     name: str
@@ -31,6 +33,8 @@ class StageContext:
     parent: StageRecord | None
     older: tuple[tuple[str, Lamina], ...]
     config: dict[str, object]
+    began: str | None = None
+    checkpoints: Any = None
 
 
 def context_of(model: PeftModel) -> StageContext:

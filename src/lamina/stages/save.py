@@ -28,6 +28,7 @@ from lamina.model import PeftModel
 from lamina.model.tasks import base_class
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
+from lamina.stages.original import on_original_base
 from lamina.storage.atomic import atomic_directory
 
 
@@ -149,7 +150,7 @@ def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
         factors[module] = Factors(
             a.detach(), b.detach(), record.scaling, None if bias is None else bias.detach()
         )
-    return Part(lamina, config, factors, extras)
+    return on_original_base(model, adapter, Part(lamina, config, factors, extras))
 
 
 def _newest_part(model: PeftModel, context: StageContext) -> Part:
@@ -158,7 +159,9 @@ def _newest_part(model: PeftModel, context: StageContext) -> Part:
         for module, layer in adapted_layers(model.get_base_model())
         if context.name in layer.records
     }
-    lamina = Lamina(stage=context.name, config=dict(context.config), ranks=ranks)
+    lamina = Lamina(
+        stage=context.name, config=dict(context.config), ranks=ranks, began=context.began
+    )
     return _part(model, context.name, lamina)
 
 

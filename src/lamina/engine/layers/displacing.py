@@ -39,6 +39,11 @@ class Displaced:
     becomes: torch.Tensor | None
     original: Any
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the base lacks the update, and nothing else."""
+        return self.becomes is None
+
     def output(self, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B(A(x))`: what the base's output lacks."""
         a, b = self.A.to(x.device), self.B.to(x.device)
@@ -124,7 +129,7 @@ class Displacing(Folding):
             return
         present = {*self.contributing_names(), *self.merged_adapters}
         for name, taken in self.displaced.items():
-            if name not in present and taken.becomes is None:
+            if name not in present and taken.is_low_rank:
                 yield taken
 
     def initialise(self, name: str, init: bool | str) -> None:

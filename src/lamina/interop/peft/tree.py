@@ -113,7 +113,10 @@ _TUNERS_UTILS = {
     ),
 }
 _LORA_FUNCTIONS = {
-    "arrow": "create_arrow_model _resolve_adapter_source",
+    "arrow": (
+        "ArrowLoraLinearLayer GKS_ADAPTER_PREFIX TASK_ADAPTER_PREFIX _resolve_adapter_source "
+        "create_arrow_model"
+    ),
     "conversion": "convert_to_lora save_as_lora",
     "corda": "preprocess_corda CordaEigens",
     "eva": (
@@ -267,7 +270,7 @@ TREE: dict[str, dict[str, str]] = {
     "peft.utils.incremental_pca": _at("lamina.engine.preparing.pca", "IncrementalPCA"),
     "peft.utils.integrations": _at(f"{_OWN}.integrations", _INTEGRATIONS),
     "peft.utils.loftq_utils": _at(
-        f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq NFQuantizer"
+        f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq"
     ),
     "peft.utils.merge_utils": _at(
         f"{_OWN}.merging",

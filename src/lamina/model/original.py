@@ -1,0 +1,102 @@
+"""Adapters that changed the base when they began, written for the base as it was before.
+
+PiSSA and its like leave `W - s B0 A0` in the base, so that what the adapter adds to the original
+weight is `s (B A - B0 A0) = s [B, -B0] [A; A0]`: exact, at twice the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX
+from lamina.config import LoraConfig
+from lamina.engine.compose import Factors, concatenate
+from lamina.engine.flat_config import flat_config
+from lamina.engine.layers import LayerAdapter, LoraLayer, ModulesToSaveWrapper
+from lamina.engine.layers.displacing import Displaced
+from lamina.engine.names import adapted_layers, places
+from lamina.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lamina.model.facade import PeftModel
+
+
+def displaced_by(base: nn.Module, adapter: str) -> dict[str, Displaced]:
+    """Plain module name -> what an adapter took out of its weight."""
+    return {
+        module: layer.displaced[adapter]
+        for module, layer in adapted_layers(base)
+        if adapter in layer.displaced
+    }
+
+
+def with_taken(factors: Factors, taken: Displaced | None, scaling: float) -> Factors:
+    """The update on the original weight, with `scaling` in front."""
+    if taken is None:
+        return concatenate([factors], scaling)
+    device = factors.A.device
+    before = Factors(taken.A.to(device), taken.B.to(device), -taken.scaling)
+    return concatenate([factors, before], scaling)
+
+
+def scaling_of(config: LoraConfig) -> float:
+    """The scaling that a config means where no pattern says otherwise."""
+    return LayerAdapter.of(config, config.r, config.lora_alpha).scaling
+
+
+def converted_config(
+    base: nn.Module, adapter: str, config: LoraConfig, ranks: Mapping[str, int]
+) -> LoraConfig:
+    """The config of an adapter with these ranks, of plain LoRA."""
+    saved = [
+        place.name
+        for place in places(base)
+        if isinstance(place.module, ModulesToSaveWrapper)
+        and adapter in place.module.modules_to_save
+    ]
+    return flat_config(base, config, [config], ranks, scaling_of(config), saved)
+
+
+def on_original_base(
+    model: PeftModel, adapter: str, config: LoraConfig, tensors: dict[str, torch.Tensor]
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """A file's config and tensors, such that the adapter is right on the original base.
+
+    Adapters that left the base alone come back as they are; so do LoftQ's, whose base has lost
+    what its quantisation loses anyway.
+
+    Raises:
+        CheckpointError: the adapter's method isn't a sum.
+    """
+    base = model.get_base_model()
+    taken = {m: each for m, each in displaced_by(base, adapter).items() if each.is_low_rank}
+    if model.adapter_state.changes_stay or not taken:
+        return config, tensors
+    layers = {m: layer for m, layer in adapted_layers(base) if adapter in layer.records}
+    _refuse_others(layers, adapter)
+    scaling, ranks, whole = scaling_of(config), {}, dict(tensors)
+    for module, layer in layers.items():
+        a, b = (f"{PREFIX}{module}.{leaves[layer.is_embedding]}" for leaves in (A_LEAVES, B_LEAVES))
+        own = Factors(tensors[a], tensors[b], layer.records[adapter].natural_scaling)
+        joined = with_taken(own, taken.get(module), scaling)
+        whole[a], whole[b], ranks[module] = joined.A, joined.B, joined.rank
+    return converted_config(base, adapter, config, ranks), whole
+
+
+def _refuse_others(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    # DoRA's update follows from base and sum alone, and the sum of both is the same.
+    others = [
+        f"{module}: {type(layer.records[adapter].variant).__name__}"
+        for module, layer in layers.items()
+        if not (layer.records[adapter].variant.is_sum or layer.records[adapter].use_dora)
+    ]
+    if others:
+        raise CheckpointError(
+            f"The adapter {adapter!r} changed its base, and can't be written for the original one.",
+            faults=others[:6],
+            cure="begin it with init_lora_weights=True",
+        )
