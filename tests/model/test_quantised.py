@@ -238,3 +238,40 @@ def test_an_adapter_trained_over_codes_is_merged_into_the_original(
     dense = lamina.load(tmp_path / "domain", opened(saved, None))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(again), logits(dense), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def prequantised(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose files are in 4 bits."""
+    path = tmp_path_factory.mktemp("nf4")
+    opened(saved, "nf4").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["quantized", "dequantized"])
+def test_a_base_stored_in_codes_is_merged_by_target(
+    prequantised: Path, target: str, tmp_path: Path
+) -> None:
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(prequantised, device_map={"": "cpu"})
+
+    with models.seeded(5):
+        model = lamina.begin_stage(base(), config=config(), name="domain")
+    record = lamina.save_stage(model, tmp_path / "domain")
+    assert record.newest.base.quantization == "bitsandbytes nf4"
+    with pytest.raises(lamina.FoldError, match="target="):
+        save_merged(tmp_path / "domain", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = save_merged(tmp_path / "domain", tmp_path / "out", target=target)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    quantised = getattr(again.config, "quantization_config", None) is not None
+    assert quantised == (target == "quantized")
+    assert report.max_logit_difference is not None
+    limit = {"quantized": 0.5, "dequantized": 0.05}[target]
+    assert report.max_logit_difference < limit * report.max_logit
+    assert report.dtype == "float32"
+
+
+def test_a_dtype_for_codes_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(lamina.ConfigError, match="become dense"):
+        save_merged(tmp_path / "a", tmp_path / "out", target="quantized", dtype=torch.float16)

@@ -25,6 +25,13 @@ class Dtype(str, enum.Enum):
     FLOAT16 = "float16"
 
 
+class MergeTarget(str, enum.Enum):
+    """What a quantised base becomes."""
+
+    QUANTIZED = "quantized"
+    DEQUANTIZED = "dequantized"
+
+
 def merge(
     directory: Directory,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the model is saved.")],
@@ -34,6 +41,10 @@ def merge(
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the saved weights; the base's if not given.")
+    ] = None,
+    target: Annotated[
+        MergeTarget | None,
+        typer.Option(help="What a base that is stored quantised becomes."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model that lies in the output directory.")
@@ -56,6 +67,7 @@ def merge(
         output,
         base=base,
         dtype=getattr(torch, dtype.value) if dtype else None,
+        target=target.value if target else None,
         force=force,
         subfolder=subfolder,
         revision=revision,

@@ -44,11 +44,14 @@ def merge(
         FoldError: a layer can't be folded into, or is quantised and no target is given.
     """
     check_target(target, dtype)
-    if target != "dequantized":
-        requantise = True if target else None
-        return merge_and_unload(model, state, names, safe=safe, requantise=requantise)
-    merged = merge_dequantised(model, state, names, dtype=dtype, safe=safe)
-    _unmark(merged)
+    if target is None:
+        return merge_and_unload(model, state, names, safe=safe)
+    if target == "quantized":
+        merged = merge_and_unload(model, state, names, safe=safe, requantise=True)
+    else:
+        merged = merge_dequantised(model, state, names, dtype=dtype, safe=safe)
+        _unmark(merged)
+    _forget_conversions(merged)
     return merged
 
 
@@ -71,6 +74,22 @@ def check_target(
             f"dtype={dtype} is that of layers that become dense, and none do.",
             cure="target='dequantized' with it, or .to(dtype) afterwards",
         )
+
+
+def _forget_conversions(model: Any) -> None:
+    """Let transformers save the weights as they lie in the model.
+
+    It would undo what a quantiser did on loading codes, and knows no way to.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            each for each in conversions if all(map(_is_general, getattr(each, "operations", ())))
+        ]
+
+
+def _is_general(operation: object) -> bool:
+    return not type(operation).__module__.startswith("transformers.integrations")
 
 
 def _unmark(model: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lamina.errors import CheckpointError
+from lamina.model.merging import Target, check_target
 from lamina.stages.bases import describe_base
 from lamina.stages.load import load
 from lamina.storage.atomic import ADAPTER_FILES, atomic_directory
@@ -61,6 +62,7 @@ def save_merged(
     *,
     base: str | None = None,
     dtype: torch.dtype | None = None,
+    target: Target | None = None,
     force: bool = False,
     **options: Any,
 ) -> MergeReport:
@@ -74,35 +76,46 @@ def save_merged(
         out: the directory for the model.
         base: the base's path or hub id; None takes the one on record.
         dtype: of the saved weights; None keeps the base's.
+        target: what a base that is stored quantised becomes: "quantized" rounds the sums to its
+            codes again, "dequantized" makes it dense.
         force: save into a directory that has files already.
         options: see `lamina.load`.
 
     Raises:
         CheckpointError: `out` has files already, or is where the adapter or the base lies.
         StageError: the base is not the one that the adapter was trained on.
-        FoldError: the base can't be written, or the sum has NaN or infinity.
+        FoldError: the base can't be written, or is quantised and no target is given, or the sum
+            has NaN or infinity.
+        ConfigError: `target` is unknown, or there is a `dtype` for codes.
     """
-    target = Path(out).expanduser()
-    _refuse_sources(target, [str(path), base or ""])
-    _refuse_occupied(target, force)
+    check_target(target, dtype if target == "quantized" else None)
+    place = Path(out).expanduser()
+    _refuse_sources(place, [str(path), base or ""])
+    _refuse_occupied(place, force)
     model = load(path, base, **{"dtype": "auto", **options})
     source = str(getattr(model.get_base_model(), "name_or_path", "") or "")
-    _refuse_sources(target, [source])
-    kept: torch.dtype = getattr(torch, describe_base(model.get_base_model()).dtype or "float32")
-    if dtype is not None:
+    _refuse_sources(place, [source])
+    described = describe_base(model.get_base_model())
+    kept: torch.dtype = getattr(torch, described.dtype or "float32")
+    quantised = described.quantization is not None
+    if dtype is not None and not quantised:
         # Widening is exact, so that the only rounding is the one to `dtype`.
         model.to(torch.promote_types(kept, dtype))
     expected = answers(model)
-    merged: Any = model.merge_and_unload(safe_merge=True).to(dtype or kept)
+    merged: Any = model.merge_and_unload(
+        safe_merge=True, target=target, dtype=dtype if target == "dequantized" else None
+    )
+    if not quantised or target == "dequantized":
+        merged = merged.to(dtype or kept)
     kind, parameters = type(merged), sum(p.numel() for p in merged.parameters())
-    with atomic_directory(target, owned=(*ADAPTER_FILES, *_MODEL_FILES)) as staging:
+    with atomic_directory(place, owned=(*ADAPTER_FILES, *_MODEL_FILES)) as staging:
         merged.save_pretrained(staging)
         tokenizer = _save_tokenizer([str(path), source], staging)
         del merged, model
         actual = answers(kind.from_pretrained(staging, dtype="auto").eval())
         files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
     return MergeReport(
-        path=str(target),
+        path=str(place),
         model_class=kind.__name__,
         dtype=str(dtype or kept).removeprefix("torch."),
         parameters=parameters,
