@@ -49,6 +49,12 @@ class DoraConv3dVariant(metaclass=StandsFor):
     stands_for = native.Dora
 
 
+class ArrowLinearVariant(metaclass=StandsFor):
+    """Arrow."""
+
+    native = native.Arrow
+
+
 class ALoraLinearVariant(metaclass=StandsFor):
     """aLoRA."""
 
