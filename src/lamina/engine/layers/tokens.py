@@ -226,6 +226,10 @@ class TrainableTokensLayer(LoraLayer):
             weight[self.index(name)] = self.rows(name).to(weight)
         return weight, None
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What an adapter changes in the table; zero but for its rows."""
+        return self.delta_weight(adapter).to(self.rows(adapter).dtype)
+
     def delta_weight(self, adapter: str) -> torch.Tensor:
         weight = torch.zeros_like(self.get_base_layer().weight)
         rows = self.rows(adapter)
