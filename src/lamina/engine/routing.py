@@ -24,7 +24,8 @@ class Routing:
         names: an adapter for each row, `"__base__"` for none; None lets the active adapters act on
             all rows.
         offsets: adapter -> for each row, how many tokens from the end on it acts; None in a row
-            where it doesn't act at all. Only for adapters that act from a token on.
+            where it doesn't act at all. Only for adapters that act from a token on; rows that
+            `names` sends elsewhere don't count.
         expansion: how many rows a generation makes of one: beams, or several answers. Layers may
             see the batch so, or (in an encoder) as it was given.
         length: tokens of the prompt, where every step of a generation sees the whole sequence,
@@ -102,12 +103,25 @@ class Routing:
         if key not in self._masks:
             repeats = self._repeats_of_offsets(len(offsets), batch)
             grown = 0 if self.length is None else max(length - self.length, 0)
-            counts = torch.tensor([0 if o is None else o + grown for o in offsets], device=device)
+            own = [name == adapter for name in self.names or [adapter] * len(offsets)]
+            counts = torch.tensor(
+                [
+                    offset + grown if here and offset is not None else 0
+                    for here, offset in zip(own, offsets, strict=True)
+                ],
+                device=device,
+            )
             begins = (length - counts.repeat_interleave(repeats)).unsqueeze(1)
             self._masks[key] = torch.arange(length, device=device) >= begins
         return self._masks[key]
 
     def _repeats_of_offsets(self, given: int, batch: int) -> int:
+        if self.names is not None and len(self.names) != given:
+            raise RoutingError(
+                f"There are adapter_names for {len(self.names)} rows, and alora_offsets for "
+                f"{given}.",
+                cure="one name and one offset for each row of the batch",
+            )
         for repeats in (1, self.expansion):
             if batch == given * repeats:
                 return repeats

@@ -55,7 +55,7 @@ def routed(
     acting = _acting(state, rows)
     if rows is None and not acting:
         return nullcontext()
-    found = _offsets(acting, rows, offsets, args, kwargs, generates)
+    found = _offsets(acting, offsets, args, kwargs, generates)
     ids = _ids(args, kwargs)
     whole = generates and ids is not None and kwargs.get("use_cache") is False
     routing = Routing(
@@ -172,36 +172,21 @@ def _acting(state: AdapterState, rows: tuple[str, ...] | None) -> dict[str, Sequ
 
 def _offsets(
     acting: Mapping[str, Sequence[int]],
-    rows: tuple[str, ...] | None,
     given: Sequence[int | None] | None,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     generates: bool,
 ) -> dict[str, list[int | None]]:
-    """adapter -> offsets, None in the rows of others."""
+    """adapter -> offsets: those that were given, or where its invocation is in the ids."""
     if not acting:
         return {}
     if given is not None:
-        found = {name: list(given) for name in acting}
-    else:
-        ids = _ids(args, kwargs)
-        if ids is None:
-            warn_unfound(generates=generates)
-            return {}
-        found = {name: invocation_offsets(ids, tokens) for name, tokens in acting.items()}
-    if rows is None:
-        return found
-    for offsets in found.values():
-        if len(offsets) != len(rows):
-            raise RoutingError(
-                f"There are adapter_names for {len(rows)} rows, and alora_offsets for "
-                f"{len(offsets)}.",
-                cure="one name and one offset for each row of the batch",
-            )
-    return {
-        name: [offset if row == name else None for row, offset in zip(rows, offsets, strict=True)]
-        for name, offsets in found.items()
-    }
+        return {name: list(given) for name in acting}
+    ids = _ids(args, kwargs)
+    if ids is None:
+        warn_unfound(generates=generates)
+        return {}
+    return {name: invocation_offsets(ids, tokens) for name, tokens in acting.items()}
 
 
 def warn_unfound(*, generates: bool) -> None:
