@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from lamina import begin_stage, lineage, load, save_stage
+from lamina import begin_stage, lineage, load
 from lamina.model import PeftModel
 from tests import models
 from tests.stages.chains import (
@@ -130,10 +130,10 @@ def test_a_stack_folds_into_one_plain_model(dpo: tuple[PeftModel, Path]) -> None
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_saving_by_the_plain_way_is_not_a_stage(tmp_path: Path) -> None:
+def test_saving_an_adapter_by_its_name_is_not_a_stage(tmp_path: Path) -> None:
     model = begin_stage(models.tiny_llama(), name="one", config=SFT)
     fill_trainable(model)
-    model.save_pretrained(tmp_path / "plain")
-    save_stage(model, tmp_path / "stage")
+    model.save_pretrained(tmp_path / "plain", selected_adapters=["one"])
+    model.save_pretrained(tmp_path / "stage")
     assert [stage.name for stage in lineage(tmp_path / "stage").stages] == ["one"]
     assert [s.name for s in lineage(tmp_path / "plain" / "one").stages] == ["imported"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from lamina.config import LoraConfig
 from lamina.errors import (
-    AdapterNameError,
     AlreadyAdaptedError,
     CheckpointError,
     ConfigError,
@@ -88,10 +88,30 @@ def test_a_second_adapter_waits_until_it_is_activated(saved: Path) -> None:
     assert {name.split(".")[-2] for name in trained(model)} == {"third"}
 
 
-def test_a_taken_name_is_refused(saved: Path) -> None:
-    model = load(saved)
+def test_loading_over_an_adapter_replaces_its_weights_and_nothing_else(saved: Path) -> None:
+    model = get_peft_model(models.tiny_llama(), llama_config()).eval()
+    fill(model, seed=8)
+    asked = trained(model)
+    report = model.load_adapter(saved, "default")
+    assert report.complete
+    assert torch.equal(logits(model), logits(llama_adapter()))
+    assert trained(model) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha: 8 in .*saved, 16 in the model"),
+        ({"use_rslora": True}, "use_rslora: False in .*saved, True in the model"),
+        ({"alpha_pattern": {"q_proj": 4}}, r"alpha_pattern: {} in .*saved, {'q_proj': 4} in"),
+    ],
+)
+def test_weights_of_another_config_are_kept_out_of_an_adapter(
+    saved: Path, change: dict[str, Any], told: str
+) -> None:
+    model = get_peft_model(models.tiny_llama(), llama_config(**change))
     before = weights(model)
-    with pytest.raises(AdapterNameError, match="already has an adapter 'default'"):
+    with pytest.raises(ConfigError, match=told):
         model.load_adapter(saved, "default")
     assert same(weights(model), before)
 

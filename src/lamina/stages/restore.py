@@ -11,6 +11,7 @@ from torch import nn
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig
 from lamina.engine.names import places
 from lamina.engine.targets import make_plan
@@ -37,9 +38,7 @@ def restore_part(
     Raises:
         KeyMismatchError: the lamina's modules and the model's are not the same.
     """
-    record, stage = chain.record, part.lamina.stage
-    saved = [module for module, owner in record.saved_modules.items() if owner == stage]
-    biases = [bias for bias, owner in record.biases.items() if owner == stage]
+    saved, biases = _owned_by(chain, part.lamina.stage)
     config = copy.deepcopy(part.config)
     config.inference_mode = True
     config.modules_to_save = saved or None
@@ -52,6 +51,17 @@ def restore_part(
     if biases:
         config.bias = part.config.bias
         _adopt(model, adapter, biases)
+    fill_part(model, chain, part, adapter)
+    model.base_model.activate([*(n for n in state.active if n != adapter), adapter])
+
+
+def fill_part(model: PeftModel, chain: Chain, part: Part, adapter: str) -> LoadReport:
+    """Put one lamina of a chain into an adapter that is in the model already.
+
+    Raises:
+        KeyMismatchError: the lamina's modules and the adapter's are not the same.
+    """
+    state, stage = model.adapter_state, part.lamina.stage
     embeddings = {
         slot.module
         for slot in slots(model, adapter, state).values()
@@ -59,11 +69,19 @@ def restore_part(
     }
     tensors = to_tensors(part.factors, {module.removeprefix(PREFIX) for module in embeddings})
     tensors.update(part.extras)
+    saved, biases = _owned_by(chain, stage)
     tensors.update(
         {key: tensor for key, tensor in chain.others.items() if _owned(key, saved, biases)}
     )
-    fill_adapter(model, adapter, state, tensors, source=f"{chain.source}, ranks of stage {stage!r}")
-    model.base_model.activate([*(n for n in state.active if n != adapter), adapter])
+    where = f"{chain.source}, ranks of stage {stage!r}"
+    return fill_adapter(model, adapter, state, tensors, source=where)
+
+
+def _owned_by(chain: Chain, stage: str) -> tuple[list[str], list[str]]:
+    """The modules trained whole and the biases that a stage brought."""
+    record = chain.record
+    saved = [module for module, owner in record.saved_modules.items() if owner == stage]
+    return saved, [bias for bias, owner in record.biases.items() if owner == stage]
 
 
 def base_weight_faults(base: nn.Module, chain: Chain) -> list[str]:

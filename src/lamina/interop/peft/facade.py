@@ -15,7 +15,10 @@ from lamina import model as native
 from lamina.interop.peft import card, reading, saving
 from lamina.interop.peft.beginnings import warn_of_changed_base
 from lamina.interop.peft.placeholders import refuse_foreign
-from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
+from lamina.interop.peft.registry import (
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from lamina.interop.peft.standing import StandsFor
 from lamina.interop.peft.tensors import LoadResult
 from lamina.interop.peft.tuner import LoraModel
@@ -49,7 +52,8 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         nn.Module.__init__(self)
         refuse_foreign(peft_config)
         self._complete(model, peft_config)
-        self.base_model = LoraModel(
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        self.base_model = tuner(
             model,
             {adapter_name: peft_config},
             adapter_name,
@@ -112,6 +116,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
             key_mapping=key_mapping,
+            config=config,
             **kwargs,
         )
         reading.warn_missing(result, adapter_name, config)
@@ -133,6 +138,9 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
 
         Returns:
             What was missing and what had no place.
+
+        Raises:
+            ConfigError: unlike peft, where the one that is there means other numbers by its config.
         """
         if adapter_name not in self.peft_config:
             config = reading.config_for(model_id, kwargs.get("config"), kwargs)
@@ -147,6 +155,8 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
             )
             if is_trainable:
                 self.set_requires_grad(adapter_name)
+        else:
+            reading.refuse_other_config(self, model_id, adapter_name, kwargs)
         result = reading.overwrite(self, model_id, adapter_name, torch_device, key_mapping, kwargs)
         if not is_trainable:
             self.eval()

@@ -16,6 +16,7 @@ from lamina.interop.peft.tensors import (
     load_result,
     warn_mismatched,
 )
+from lamina.model import replacing
 from lamina.model.checkpointing import is_checkpointing
 
 _CONFIG_OPTIONS = (
@@ -74,6 +75,22 @@ def overwrite(
     )
     warn_mismatched(report, type(model).__name__)
     return load_result(report, adapter)
+
+
+def refuse_other_config(model: Any, model_id: Any, adapter: str, kwargs: dict[str, Any]) -> None:
+    """Keep weights out of an adapter whose config, such as its alpha, they were not trained under.
+
+    Raises:
+        ConfigError: with every field that differs.
+    """
+    own = model.peft_config[adapter]
+    try:
+        found = config_for(model_id, kwargs.get("config"), kwargs)
+    except ValueError:
+        # Weights alone.
+        return
+    if found is not own and found.peft_type == own.peft_type == "LORA":
+        replacing.refuse_other_config(model, adapter, found, str(model_id))
 
 
 def warn_missing(result: LoadResult, adapter: str, config: Any) -> None:
