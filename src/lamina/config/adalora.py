@@ -92,6 +92,7 @@ class AdaLoraConfig(LoraConfig):
             *self._faults_of_methods(),
             *self._faults_of_schedule(),
             *self._faults_of_allocation(),
+            *_faults_of_masks(self._masks),
         ]
 
     def _faults_of_methods(self) -> list[str]:
@@ -136,7 +137,7 @@ class AdaLoraConfig(LoraConfig):
                 "`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
                 f"{self.orth_reg_weight}"
             )
-        return faults + _faults_of_masks(self._masks)
+        return faults
 
 
 def _faults_of_masks(masks: Any) -> list[str]:

@@ -57,6 +57,28 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] =
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma4"] = (
     r".*language_model\..*\.(q_proj|v_proj)"
 )
+# Where AdaLoRA, whose ranks are shared out, adapts more layers than LoRA.
+_USUAL_OF_ADALORA = {
+    "q k v o wi wo": "t5",
+    "q k v o wi_0 wi_1 wo": "mt5",
+    "q_proj k_proj v_proj out_proj fc1 fc2": "bart opt",
+    "q_proj v_proj": "gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "query value": "bert",
+    "query key value dense": "roberta",
+    "query_proj key_proj value_proj dense": "deberta-v2",
+    "in_proj": "deberta",
+    "query_key_value": "bloom gpt_neox",
+    "c_attn": "gpt2 gpt_bigcode",
+}
+TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    "gemma4": TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma4"],
+    **{
+        kind: targets.split()
+        for targets, kinds in _USUAL_OF_ADALORA.items()
+        for kind in kinds.split()
+    },
+}
 
 
 def bloom_model_postprocess_past_key_value(past_key_values: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lamina.config import AdaLoraConfig
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
@@ -175,7 +176,8 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-    for field in _NUMBERS:
+    # AdaLoRA's ranks are by the names of parameters.
+    for field in () if isinstance(config, AdaLoraConfig) else _NUMBERS:
         silent = sorted(
             key
             for key in getattr(config, field) or ()

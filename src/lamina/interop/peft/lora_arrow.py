@@ -27,7 +27,7 @@ _resolve_adapter_source = source_of
 class ArrowLoraLinearLayer(metaclass=StandsFor):
     """What decides which experts a token goes to."""
 
-    native = Router
+    stands_for = Router
 
 
 def create_arrow_model(

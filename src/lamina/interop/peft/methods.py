@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
             "SVDQuantLinear"
         ),
         modules="bnb config gptq layer model",
+        more=(("bnb", "SVDLinear4bit SVDLinear8bitLt"),),
     ),
     "adamss": Method(
         names="AdamssConfig AdamssLayer AdamssModel Linear",

@@ -12,7 +12,10 @@ from lamina.interop.peft.types import PeftType
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[Any, Any] = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, Any] = {PeftType.LORA: LoraModel}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {PeftType.LORA: "lora_"}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[Any, str] = {
+    PeftType.LORA: "lora_",
+    PeftType.ADALORA: "lora_",
+}
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[Any, Any] = {PeftType.LORA: LoraConfig}
 
 

@@ -52,7 +52,7 @@ class DoraConv3dVariant(metaclass=StandsFor):
 class ArrowLinearVariant(metaclass=StandsFor):
     """Arrow."""
 
-    native = native.Arrow
+    stands_for = native.Arrow
 
 
 class ALoraLinearVariant(metaclass=StandsFor):
