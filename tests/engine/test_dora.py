@@ -278,3 +278,9 @@ def test_a_deleted_adapter_leaves_no_magnitude() -> None:
     layer.delete_adapter("default")
     assert not [name for name, _ in layer.named_parameters() if "lora" in name]
     assert not layer.lora_variant
+
+
+def test_a_layer_of_another_kind_is_refused_by_name() -> None:
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(TargetError, match="mha: MultiheadAttention does not support DoRA"):
+        adapt(model, target_modules=["mha"], use_dora=True)

@@ -162,7 +162,7 @@ def _batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 def _acting(state: AdapterState, rows: tuple[str, ...] | None) -> dict[str, Sequence[int]]:
     """adapter -> its invocation, for those that take part and act from a token on."""
     names = state.active if rows is None else dict.fromkeys(rows)
-    found = {}
+    found: dict[str, Sequence[int]] = {}
     for name in names:
         tokens = state.configs[name].alora_invocation_tokens if name != BASE else None
         if tokens is not None:
@@ -203,10 +203,10 @@ def warn_unfound(*, generates: bool) -> None:
 
 def _ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     named = [kwargs[name] for name in _IDS if kwargs.get(name) is not None]
-    candidates = [*named, *args[:1]]
-    for value in candidates:
-        whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
-        if whole and value.dim() in (1, 2):
+    for value in (*named, *args[:1]):
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            continue
+        if value.dim() in (1, 2):
             return value.unsqueeze(0) if value.dim() == 1 else value
     return None
 

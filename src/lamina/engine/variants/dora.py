@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lamina.engine.dtypes import accumulation_dtype
 from lamina.engine.variants.base import Update, Variant
 from lamina.engine.variants.dora_norm import Magnitude, row_norms, state_of
 from lamina.engine.weights import OpaqueWeight, weight_of
@@ -34,9 +35,12 @@ class Dora(Variant):
     kinds = ("linear", "embedding", "conv")
 
     def why_not(self, kind: str, base: nn.Module, config: Any, target: str) -> str | None:
-        if kind in self.kinds and isinstance(weight_of(base), OpaqueWeight):
+        if kind not in self.kinds:
+            what = "MultiheadAttention" if kind == "attention" else type(base).__name__
+            return f"{what} does not support DoRA (yet), please set use_dora to False"
+        if isinstance(weight_of(base), OpaqueWeight):
             return f"DoRA needs the norms of its weight, and a {type(base).__name__} can't be read"
-        return super().why_not(kind, base, config, target)
+        return None
 
     def prepare(self, layer: Update, adapter: str, dtype: torch.dtype) -> None:
         B_OR = layer.factors(adapter)[1]
@@ -128,5 +132,8 @@ def _norms_of_groups(
     The update of such a layer mixes the groups, which a weight like the base's can't express; so
     this pairing is a convention, on which trained magnitudes rest.
     """
-    paired = (B_OR.reshape(-1, A_RI.shape[0]) @ A_RI).reshape(weight.shape).float()
-    return torch.linalg.vector_norm((weight + scaling * paired).flatten(1), dim=1)
+    dtype = accumulation_dtype(A_RI.dtype)
+    paired = B_OR.to(dtype).reshape(-1, A_RI.shape[0]) @ A_RI.to(dtype)
+    total = weight.to(dtype) + scaling * paired.reshape(weight.shape)
+    norms: torch.Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
+    return norms
