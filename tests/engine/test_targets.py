@@ -202,8 +202,8 @@ def test_many_hits_of_one_kind_are_counted_not_all_printed() -> None:
 
 def test_an_unknown_initialisation_is_refused_before_anything() -> None:
     model = models.perceptron()
-    with pytest.raises(UnsupportedFieldError, match="'pissa'"):
-        adapt(model, target_modules=["up"], init_lora_weights="pissa")
+    with pytest.raises(UnsupportedFieldError, match="'pizza'"):
+        adapt(model, target_modules=["up"], init_lora_weights="pizza")
     assert adapted_names(model) == set()
 
 

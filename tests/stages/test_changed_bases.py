@@ -30,7 +30,7 @@ def train(model: torch.nn.Module, seed: int) -> None:
     with models.seeded(seed):
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape)
+                parameter.add_(0.05 * torch.randn(parameter.shape))
 
 
 @torch.no_grad()
@@ -47,10 +47,7 @@ def record(path: Path) -> Any:
 def test_a_saved_stage_is_right_on_the_original_base(
     init: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    if changes:
-        model = begin(init, **changes)
-    else:
-        model = begin(init)
+    model = begin(init, **changes)
     train(model, 1)
     expected = answer(model)
     lamina.save_stage(model, tmp_path)
