@@ -328,8 +328,10 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         return False
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter can be turned into LoRA: it is LoRA."""
-        return True
+        """Whether `convert_to_lora` can turn an adapter into plain LoRA."""
+        from lamina.model.conversion import supports_lora_conversion
+
+        return supports_lora_conversion(self.get_base_model(), adapter_name)
 
     @classmethod
     def for_task(cls, task: str | None) -> type[Any]:

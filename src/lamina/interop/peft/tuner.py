@@ -15,7 +15,7 @@ from lamina.engine.layers import LoraLayer, ParamWrapper, lora_layers
 from lamina.engine.names import adapted_layers
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
-from lamina.interop.peft import constants, switching
+from lamina.interop.peft import constants, switching, ties
 from lamina.interop.peft.fitting import fit, warn_misfits
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
@@ -133,16 +133,18 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
             native.LoraModel.delete_adapter(self, adapter_name)
         self._refuse_second_bias(config)
         self._refuse_mixed_kasa(config)
+        ties.refuse_other_parameters(config, self.peft_config)
         misfits = fit(self, config, state_dict)
         self.adapter_state.changes_stay = True
-        native.LoraModel.add(
-            self,
-            adapter_name,
-            misfits.config,
-            initialise=not low_cpu_mem_usage,
-            upcast=autocast_adapter_dtype,
-            strict=False,
-        )
+        with ties.told_shortly():
+            native.LoraModel.add(
+                self,
+                adapter_name,
+                misfits.config,
+                initialise=not low_cpu_mem_usage,
+                upcast=autocast_adapter_dtype,
+                strict=False,
+            )
         # The caller's config is the adapter's, as peft has it.
         self.adapter_state.configs[adapter_name] = config
         here, parameters = _adapted(model, adapter_name)
@@ -151,6 +153,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
+        ties.warn_of_ties(model, config)
 
     def _get_kasa_loss(self, adapter_names: Any = None) -> Any:
         return self.kasa_loss(adapter_names)
@@ -277,8 +280,10 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         return model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter can be turned into LoRA: it is LoRA."""
-        return True
+        """Whether `convert_to_lora` can turn an adapter into plain LoRA."""
+        from lamina.model.conversion import supports_lora_conversion
+
+        return supports_lora_conversion(self.model, adapter_name)
 
 
 def _adapted(model: nn.Module, adapter: str) -> tuple[list[str], list[str]]:
