@@ -46,9 +46,17 @@ class Begun(Protocol):
 class Numbers(Protocol):
     """An adapter's numbers in a layer, as far as an initialisation asks for them."""
 
-    r: int
-    scaling: float
-    config: Any
+    @property
+    def r(self) -> int:
+        """Its rank."""
+
+    @property
+    def scaling(self) -> float:
+        """What its update is multiplied by."""
+
+    @property
+    def config(self) -> Any:
+        """The config that it is made from."""
 
 
 WhyNot = Callable[[str, nn.Module, Numbers], "Fault | None"]

@@ -38,9 +38,9 @@ def smallest_side(base: nn.Module) -> int:
     for names in (("in_features", "out_features"), ("num_embeddings", "embedding_dim")):
         sizes = [getattr(base, name, None) for name in names]
         if all(isinstance(size, int) for size in sizes):
-            return min(size for size in sizes if size is not None)
+            return min(int(size) for size in sizes if size is not None)
     weight: torch.Tensor = base.weight  # type: ignore[assignment]
-    return min(weight.shape)
+    return int(min(weight.shape))
 
 
 def why_not_factorised(

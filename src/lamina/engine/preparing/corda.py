@@ -208,7 +208,7 @@ def _device(targets: list[Target]) -> torch.device:
 def _shown(targets: list[Target], verbose: bool) -> Iterable[Target]:
     if not verbose:
         return targets
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     shown: Iterable[Target] = tqdm(targets, desc="CorDA: decomposing")
     return shown

@@ -306,7 +306,7 @@ def _turns(batches: Iterable[Any], followers: Mapping[str, Follower], show: bool
 
 
 def _bar(total: int) -> Any:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=total, desc="EVA: layers settled", leave=False)
 

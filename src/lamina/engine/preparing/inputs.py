@@ -30,7 +30,7 @@ def language_modeling_mask(model_input: Any, peft_config: Any) -> torch.Tensor:
             "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary"
         )
     if "attention_mask" in model_input:
-        counts = model_input["attention_mask"].bool()
+        counts: torch.Tensor = model_input["attention_mask"].bool()
     else:
         counts = torch.ones_like(model_input["input_ids"]).bool()
     settings = peft_config.eva_config
