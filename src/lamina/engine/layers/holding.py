@@ -163,7 +163,7 @@ class AdapterHolder(Switched):
 
     def _parameter(self, place: str, name: str) -> nn.Parameter:
         held: Any = getattr(self, place)[name]
-        parameter: nn.Parameter = held if isinstance(held, nn.Parameter) else held.weight
+        parameter: nn.Parameter = held if isinstance(held, torch.Tensor) else held.weight
         return parameter
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:

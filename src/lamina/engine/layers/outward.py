@@ -190,6 +190,9 @@ class PeftNames(Displacing):
         bias: torch.Tensor | None = self.base_layer.bias
         return bias
 
+    def __repr__(self) -> str:
+        return f"lora.{super().__repr__()}"
+
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their own layers: in_features, embedding_dim, stride ...
         try:

@@ -89,6 +89,15 @@ class ModulesToSaveWrapper(Switched):
         return self.modules_to_save[name].parameters()
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have a copy."""
+        return [name for name in self.active_names if name in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    @property
     def weight(self) -> torch.Tensor:
         """The effective module's weight."""
         effective: Any = self.effective()

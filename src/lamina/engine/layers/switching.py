@@ -43,9 +43,14 @@ class Switched(nn.Module):
         return () if override.disabled else override.active
 
     @property
+    def active_names(self) -> tuple[str, ...]:
+        """The adapters that are active for this layer, whether it has them or not."""
+        return self.override.active if self.override else self.adapter_state.active
+
+    @property
     def active_adapters(self) -> list[str]:
         """The adapters that are active here."""
-        return list(self.override.active if self.override else self.adapter_state.active)
+        return list(self.active_names)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -72,7 +77,7 @@ class Switched(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters of this layer on, making the active ones trainable, or off."""
-        active = tuple(self.active_adapters)
+        active = self.active_names
         for name in self.own_adapters():
             self._ask_gradients(name, enabled and name in active)
         trainable = frozenset(active) if enabled else frozenset()
@@ -98,3 +103,13 @@ class Switched(nn.Module):
     @property
     def _active_adapter(self) -> Any:
         return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Iterable[str]) -> None:
+        # Unlike set_adapter, this leaves alone what trains.
+        told = (names,) if isinstance(names, str) else tuple(names)
+        trainable = self.override.trainable if self.override else self.adapter_state.trainable
+        self.adapter_state.override(self, Override(told, self.disable_adapters, trainable))
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.own_adapters())
