@@ -169,7 +169,10 @@ def _warn_of_ties(config: LoraConfig, plan: Plan) -> None:
         return
     named = {*plan.saved, *(layer.name for layer in plan.layers), *(t.name for t in plan.tokens)}
     if not plan.ties:
-        told = "no tied modules were found in the model: the model does not have tied weights"
+        told = (
+            "no tied modules were found in the model (ensure_weight_tying=True but the model does "
+            "not have tied weights)"
+        )
     elif not named & set(plan.ties):
         told = "no tied modules are added in either `modules_to_save` or `target_modules`"
     else:

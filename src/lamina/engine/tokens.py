@@ -49,8 +49,8 @@ def find_tokens(
 def _faults_of(place: Place, indices: Any, saved: Iterable[str]) -> list[str]:
     name, module = place.name, place.original
     if name in saved:
-        what = "is already marked to be trained fully by modules_to_save; give it to one of the two"
-        return [f"The embedding layer {name} {what}"]
+        what = "is already marked to be trained fully, by modules_to_save"
+        return [f"The embedding layer {what}: {name}"]
     if not isinstance(module, (nn.Embedding, nn.Linear)):
         return [f"trainable_token_indices: {name} is a {type(module).__name__}, not a table"]
     rows = module.weight.shape[0]

@@ -74,6 +74,9 @@ class MultiheadAttention(LoraLayer):
         base: nn.Module = layer.get_base_layer()
         return base
 
+    def _restore_weights(self) -> None:
+        """Nothing to restore: no weight of the base is ever taken away."""
+
     def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
         meta: dict[str, Any] = {"bias": False, "device": "meta", "dtype": dtype}
         self.lora_A[name] = nn.Linear(self.in_features, record.r, **meta)

@@ -56,6 +56,11 @@ class TrainableTokensLayer(LoraLayer):
         return self.tied_adapter
 
     @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapters, in a list even if there is one."""
+        return self.active_adapters
+
+    @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The places in which adapters of this layer have parameters."""
         return self.factor_names

@@ -106,10 +106,12 @@ def _refuse_saved_containers(tuner: LoraModel, config: Any) -> None:
 
 
 def _set_usual(tuner: LoraModel, config: Any) -> None:
-    if config.target_modules is not None or config.target_parameters:
+    if config.target_modules is not None:
         return
     kind = tuner.get_model_config(tuner.model).get("model_type")
     usual = tuner.target_module_mapping.get(str(kind))
+    if usual is None and config.target_parameters:
+        return
     if usual is None:
         raise ValueError("Please specify `target_modules` in `peft_config`")
     config.target_modules = usual if isinstance(usual, str) else set(usual)

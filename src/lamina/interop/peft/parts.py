@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.engine.layers import ModulesToSaveWrapper
+from lamina.engine.layers import ModulesToSaveWrapper, TrainableTokensWrapper
 from lamina.interop.peft.kbit import prepare_model_for_kbit_training
 from lamina.interop.peft.matching import get_pattern_key, match_target_against_key
 from lamina.interop.peft.standing import StandsFor
@@ -17,6 +17,7 @@ from lamina.interop.peft.standing import StandsFor
 __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
     "get_pattern_key",
     "match_target_against_key",
     "prepare_model_for_kbit_training",
@@ -26,7 +27,7 @@ __all__ = [
 class AuxiliaryTrainingWrapper(nn.Module, metaclass=StandsFor):
     """The base of what is trained beside the adapted layers."""
 
-    stands_for: Any = ModulesToSaveWrapper
+    stands_for: Any = (ModulesToSaveWrapper, TrainableTokensWrapper)
 
 
 def infer_device() -> str:

@@ -1,0 +1,65 @@
+"""What peft refuses and warns of where weights are shared, and where parameters are adapted."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lamina.engine.names import places
+from lamina.engine.ties import tied_to_embedding
+from lamina.errors import TargetError
+from lamina.interop.peft.constants import EMBEDDING_LAYER_NAMES
+
+
+def refuse_other_parameters(config: Any, others: Mapping[str, Any]) -> None:
+    """Raise if another adapter adapts other parameters by themselves.
+
+    Raises:
+        ValueError: one does.
+    """
+    mine = set(config.target_parameters or ())
+    for name, other in others.items() if mine else ():
+        theirs = set(other.target_parameters or ())
+        if other is not config and theirs and theirs != mine:
+            raise ValueError(
+                f"With target_parameters, all adapters must target the same set of parameters: "
+                f"{name!r} has {sorted(theirs)}, the new one {sorted(mine)}."
+            )
+
+
+def warn_of_ties(model: nn.Module, config: Any) -> None:
+    """Warn of an adapter on one of several modules that share a weight."""
+    if config.ensure_weight_tying or not _names_embedding(config):
+        return
+    if tied_to_embedding(model, list(places(model))):
+        warnings.warn(
+            "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+            "`ensure_weight_tying` is not set to True: the tied layers will differ.",
+            stacklevel=4,
+        )
+
+
+def _names_embedding(config: Any) -> bool:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        named = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+    else:
+        named = any(t.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for t in targets or ())
+    saved = config.modules_to_save or ()
+    return named or any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in saved)
+
+
+@contextmanager
+def told_shortly() -> Iterator[None]:
+    """A single fault of a plan becomes the whole message, as in peft."""
+    try:
+        yield
+    except TargetError as error:
+        if len(error.faults) != 1:
+            raise
+        raise type(error)(error.faults[0]) from error
