@@ -67,14 +67,20 @@ def on_original_base(
     """A file's config and tensors, such that the adapter is right on the original base.
 
     Adapters that left the base alone come back as they are; so do LoftQ's, whose base has lost
-    what its quantisation loses anyway.
+    what its quantisation loses anyway, and those of methods that change the base again wherever
+    they are loaded (KaSA).
 
     Raises:
         CheckpointError: the adapter's method isn't a sum.
     """
     base = model.get_base_model()
     taken = {m: each for m, each in displaced_by(base, adapter).items() if each.is_low_rank}
-    if model.adapter_state.changes_stay or not taken:
+    config_retakes = any(
+        layer.records[adapter].variant.changes_base
+        for _, layer in adapted_layers(base)
+        if adapter in layer.records
+    )
+    if model.adapter_state.changes_stay or not taken or config_retakes:
         return config, tensors
     layers = {m: layer for m, layer in adapted_layers(base) if adapter in layer.records}
     _refuse_others(layers, adapter)

@@ -127,7 +127,7 @@ class MontecloraSampler(nn.Module):
         alpha = torch.exp(self.expert_weights_prior.float())
         prior = torch.full_like(alpha, self.dirichlet_prior)
         of_gammas = torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum())
-        of_each = (torch.lgamma(alpha) - torch.lgamma(prior)).sum()
+        of_each = (torch.lgamma(prior) - torch.lgamma(alpha)).sum()
         expected = torch.digamma(alpha) - torch.digamma(alpha.sum())
         return of_gammas + of_each + ((alpha - prior) * expected).sum()
 
