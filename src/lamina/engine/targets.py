@@ -282,7 +282,10 @@ class _Finder:
         if record.r % groups:
             self.other_faults.append(
                 f"{place.name} is a convolution with {groups} groups, which don't divide "
-                f"r={record.r}"
+                f"r={record.r}: Targeting a {type(place.original).__name__} with groups={groups} "
+                f"and rank {record.r}. Currently, support is limited to conv layers where the rank "
+                "is divisible by groups. Either choose a different rank or do not target this "
+                "specific layer."
             )
         now = place.module
         others = isinstance(now, LoraLayer) and bool(now.records)
@@ -297,7 +300,10 @@ class _Finder:
             self.other_faults.append(f"{place.name}: {reason}")
         if kind.kind in _WITHOUT_BIAS and self.config.lora_bias:
             what = _WITHOUT_BIAS[kind.kind]
-            self.other_faults.append(f"{place.name} is {what}, which can't have a lora_bias")
+            self.other_faults.append(
+                f"{place.name} is {what}, which can't have a lora_bias: lora_bias=True is not "
+                f"supported for {type(place.original).__name__}"
+            )
 
     def _check_beginning(self, place: Place, kind: type[LoraLayer], record: LayerAdapter) -> None:
         if kind.kind not in self.init.kinds:

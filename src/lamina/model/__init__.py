@@ -15,6 +15,7 @@ from lamina.model.extracting import extract_lora
 from lamina.model.facade import PeftModel
 from lamina.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from lamina.model.intruders import reduce_intruder_dimension
+from lamina.model.loftq import replace_lora_weights_loftq
 from lamina.model.merges import MergeComparison, compare_merges
 from lamina.model.preflight import check_gradients, preflight
 from lamina.model.state_dict import (
@@ -65,6 +66,7 @@ __all__ = [
     "preflight",
     "prepare_model_for_compiled_hotswap",
     "reduce_intruder_dimension",
+    "replace_lora_weights_loftq",
     "save_as_lora",
     "set_peft_model_state_dict",
 ]

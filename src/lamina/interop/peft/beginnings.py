@@ -6,7 +6,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
+from lamina.engine.layers import lora_layers
 from lamina.errors import CheckpointError
+from lamina.interop.peft.types import PeftWarning
 
 _SPOKEN = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA"}
 _CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga", "true")
@@ -43,3 +47,29 @@ def check_convertible(config: Any) -> None:
             "PiSSA/CorDA/OLoRA/LoRA-GA adapter to a LoRA adapter",
             stacklevel=4,
         )
+
+
+def refuse_unknown_bias(bias: str) -> None:
+    """Refuse a choice of biases that there isn't.
+
+    Raises:
+        NotImplementedError: as in peft.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(
+            f"Requested bias: {bias}, is not implemented; there are 'none', 'all' and 'lora_only'."
+        )
+
+
+def warn_of_missing_bias(model: nn.Module, adapter: str) -> None:
+    """Warn if B has a bias in a layer whose base has none that could take it up."""
+    for _, layer in lora_layers(model):
+        record, base = layer.records.get(adapter), layer.base_layer
+        if record is not None and record.lora_bias and getattr(base, "bias", None) is None:
+            warnings.warn(
+                "`lora_bias=True` was passed but the targeted layer of type "
+                f"{type(base).__name__} has no bias. This means that merging LoRA weights won't "
+                "be possible.",
+                PeftWarning,
+                stacklevel=4,
+            )

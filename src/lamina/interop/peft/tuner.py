@@ -16,7 +16,8 @@ from lamina.engine.names import adapted_layers
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
 from lamina.interop.peft import constants, switching, ties
-from lamina.interop.peft.fitting import fit, warn_misfits
+from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
+from lamina.interop.peft.fitting import fit, warn_misfits, warn_of_lost_biases
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
@@ -131,6 +132,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         config = self.peft_config[adapter_name] if config is None else config
         if adapter_name in self.peft_config:
             native.LoraModel.delete_adapter(self, adapter_name)
+        refuse_unknown_bias(config.bias)
         self._refuse_second_bias(config)
         self._refuse_mixed_kasa(config)
         ties.refuse_other_parameters(config, self.peft_config)
@@ -145,6 +147,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
                 upcast=autocast_adapter_dtype,
                 strict=False,
             )
+        warn_of_missing_bias(model, adapter_name)
         # The caller's config is the adapter's, as peft has it.
         self.adapter_state.configs[adapter_name] = config
         here, parameters = _adapted(model, adapter_name)
@@ -153,6 +156,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
+        warn_of_lost_biases(model, adapter_name)
         ties.warn_of_ties(model, config)
 
     def _get_kasa_loss(self, adapter_names: Any = None) -> Any:
@@ -203,6 +207,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Make adapters active and, unless `inference_mode`, trainable, and no others."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        switching.refuse_rivals(self.model, names)
         if any(layer.merged for _, layer in lora_layers(self.model)):
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.",
@@ -260,10 +265,15 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         """The plain model as it was before it was adapted."""
         return self._unconfigured(super().unload())
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Fold adapters into the base weights, reversibly."""
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, **kwargs: Any
+    ) -> None:
+        """Fold adapters into the base weights, reversibly; those that are in it already warn."""
         self._warn_if_tied()
-        super().merge_adapter(*args, **kwargs)
+        switching.warn_of_merged(
+            self.model, self.active_adapters if adapter_names is None else adapter_names
+        )
+        super().merge_adapter(adapter_names, safe_merge, **kwargs)
 
     def _warn_if_tied(self) -> None:
         """Folding into one of two tied weights changes the other one."""
