@@ -51,6 +51,9 @@ class LoraLayer(PeftNames):
             if name in self.records and name not in merged
         ]
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.records)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus what each contributing adapter adds, in the base's dtype.
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from lamina import model as native
-from lamina.interop.peft import card, reading, saving
+from lamina.interop.peft import card, reading, saving, switching
 from lamina.interop.peft.beginnings import warn_of_changed_base
 from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import (
@@ -22,7 +22,7 @@ from lamina.interop.peft.registry import (
 from lamina.interop.peft.standing import StandsFor
 from lamina.interop.peft.tensors import LoadResult
 from lamina.interop.peft.tuner import LoraModel
-from lamina.interop.peft.variants import refuse_as_peft
+from lamina.interop.peft.variants import refuse_as_peft, refuse_second_forward
 from lamina.model.checkpointing import hook_inputs
 
 
@@ -284,17 +284,30 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The model answers as its base inside."""
+        """The model answers as its base inside; what was switched off before stays off."""
+        off = switching.disabled(self.adapter_state)
+        if len(off) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. All will be enabled after the disable_adapter context.",
+                stacklevel=3,
+            )
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
-            self.base_model.enable_adapter_layers()
+            if False in off:
+                self.base_model.enable_adapter_layers()
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Let gradients through to the adapters where layers are recomputed."""
+        hook_inputs(model)
 
     def _routed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generates: bool = False
     ) -> AbstractContextManager[None]:
         refuse_as_peft(self, kwargs)
+        refuse_second_forward(self)
         return super()._routed(args, kwargs, generates=generates)
 
     @property

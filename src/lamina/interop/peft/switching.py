@@ -12,7 +12,12 @@ from torch import nn
 from lamina.engine import fold
 from lamina.engine.inject import delete_adapter as remove
 from lamina.engine.inject import find_state
-from lamina.engine.layers import LoraLayer, lora_layers
+from lamina.engine.layers import (
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    lora_layers,
+)
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import adapter_parameters, apply_trainability
 
@@ -28,6 +33,7 @@ def set_adapter(
     if state is None:
         return
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    refuse_rivals(model, names)
     if any(layer.merged for _, layer in lora_layers(model)):
         warnings.warn(
             "Adapter cannot be set when the model is merged. Unmerging the model first.",
@@ -79,12 +85,66 @@ def switch_off(model: nn.Module, state: AdapterState) -> None:
         parameter.requires_grad_(False)
 
 
+def is_on(model: nn.Module, state: AdapterState) -> bool:
+    """Whether the adapters take part; that they do in some layers only is warned of."""
+    found = {layer.disable_adapters for _, layer in lora_layers(model)}
+    if len(found) > 1:
+        warnings.warn(
+            "The model contains some adapter layers that are enabled and others that are disabled. "
+            "After disable_adapter() all of them are enabled.",
+            stacklevel=4,
+        )
+    return not state.disabled and found != {True}
+
+
 def switch_on(model: nn.Module, state: AdapterState) -> None:
-    """Let the active adapters take part again, and train."""
+    """Let the active adapters take part again, in all layers, and train."""
     state.disabled = False
+    state.drop_overrides()
     state.show_biases()
     state.trainable |= frozenset(state.active)
     apply_trainability(model, state)
+
+
+def disabled(state: AdapterState) -> set[bool]:
+    """Whether adapters are switched off: True, False, or both if layers differ."""
+    if not state.overridden:
+        return {state.disabled}
+    return {member.disable_adapters for member in state.members}
+
+
+def refuse_rivals(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to activate several adapters that replace the same module, or rows of one table.
+
+    Raises:
+        ValueError: there are some.
+    """
+    wanted = list(names)
+    for module in model.modules() if len(wanted) > 1 else ():
+        own: Any = ()
+        if isinstance(module, ModulesToSaveWrapper):
+            own = module.own_adapters()
+        elif isinstance(module, TrainableTokensWrapper):
+            own = module.token_adapter.own_adapters()
+        rivals = [name for name in wanted if name in own]
+        if len(rivals) > 1:
+            raise ValueError(
+                f"Only one adapter can be set at a time for {type(module).__name__}, got {rivals}."
+            )
+
+
+def warn_of_merged(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn if some or all adapters that are about to be folded in are so already."""
+    there = {name for _, layer in lora_layers(model) for name in layer.merged_adapters}
+    left = [name for name in names if name not in there]
+    if there and not left:
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    elif there:
+        warnings.warn(
+            f"Already following adapters were merged {','.join(sorted(there))}. "
+            f"You are now additionally merging {','.join(left)}.",
+            stacklevel=3,
+        )
 
 
 def cast_adapter_dtype(

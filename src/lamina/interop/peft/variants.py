@@ -188,3 +188,32 @@ def refuse_as_peft(model: Any, kwargs: Mapping[str, Any]) -> None:
             "Beam search not yet supported for aLoRA.",
             cure="lamina.PeftModel searches beams with aLoRA",
         )
+
+
+def refuse_second_forward(model: Any) -> None:
+    """Refuse, as peft does, aLoRA's second forward before a backward that recomputes layers.
+
+    Lamina would recompute each by its own invocations.
+
+    Raises:
+        RoutingError: there was no backward since the last one.
+    """
+    recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    relevant = model.training and torch.is_grad_enabled() and not model.adapter_state.disabled
+    if not relevant or not recomputes or not is_alora_relevant_in_batch(model):
+        return
+    trained = next((p for p in model.parameters() if p.requires_grad), None)
+    if trained is None:
+        return
+    waiting = model.__dict__.setdefault("_forwards_without_backward", [])
+    if waiting:
+        raise RoutingError(
+            "Multiple invocations of PEFT forward hooks before .backward() with gradient "
+            "checkpointing.",
+            cure="loss.backward() after each forward, or lamina.PeftModel, which allows it",
+        )
+
+    def seen(parameter: torch.Tensor) -> None:
+        waiting.pop().remove()
+
+    waiting.append(trained.register_post_accumulate_grad_hook(seen))
