@@ -64,6 +64,30 @@ class LoraConfig(PeftConfig):
         eva_config: an `EvaConfig`, for "eva".
         corda_config: a `CordaConfig`, for "corda".
         lora_ga_config: a `LoraGAConfig`, for "lora_ga".
+        use_dora: DoRA: a trained magnitude for each output. Source: arXiv:2402.09353.
+        alora_invocation_tokens: aLoRA: the tokens from whose last occurrence on the adapter acts.
+            Source: arXiv:2504.12397.
+        use_qalora: QA-LoRA: A sees the means of groups of features. Source: arXiv:2309.14717.
+        qalora_group_size: features in such a group.
+        velora_config: a `VeloraConfig`: inputs kept for the backward as projections.
+        monteclora_config: a `MontecloraConfig`: samples around A are averaged while training.
+        use_bdlora: a `BdLoraConfig`: block-diagonal factors.
+        kasa_config: a `KasaConfig`: a learned diagonal over a truncated base.
+        arrow_config: an `ArrowConfig`, for a router; set by `create_arrow_model`.
+        target_parameters: ends of names of parameters to adapt, such as those that hold experts.
+        trainable_token_indices: rows of the embedding to train, or a dict from names to rows.
+        layer_replication: (first, last) of runs of layers to build a deeper model of.
+        ensure_weight_tying: keep what is trained of tied weights tied.
+        megatron_config: refused; it needs megatron-core.
+        megatron_core: the module of it; without the field above it has no effect.
+        runtime_config: a `LoraRuntimeConfig`, for this process only.
+        task_type: what the model is for; it decides the facade and the heads that are trained.
+        peft_type: LORA.
+        auto_mapping: the class of the base model, where there is no task.
+        peft_version: the release whose format the file has.
+        base_model_name_or_path: where the base model is.
+        revision: of the base model.
+        inference_mode: whether the adapter is frozen when it is added.
 
     Raises:
         ConfigError: one error with everything that is wrong.
