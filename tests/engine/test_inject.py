@@ -84,8 +84,8 @@ def test_a_module_that_lies_in_itself_is_walked_once() -> None:
 # --- attention --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [["out_proj"], "all-linear", ["linear1", "self_attn"]])
-def test_multihead_attention_is_refused_or_left_alone(targets: Any) -> None:
+@pytest.mark.parametrize("targets", [["out_proj"], "all-linear", ["linear1", "out_proj"]])
+def test_an_attentions_own_projection_is_refused_or_left_alone(targets: Any) -> None:
     with models.seeded(0):
         model = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
     if targets == "all-linear":

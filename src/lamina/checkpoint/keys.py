@@ -131,7 +131,7 @@ def parts(module: nn.Module, name: str, adapter: str) -> Iterable[tuple[str, Lor
         return _parts_of_table(module.token_adapter, f"{name}.token_adapter", adapter)
     if isinstance(module, TrainableTokensLayer):
         return _parts_of_table(module, name, adapter)
-    chain = [*wrappers(module)] or [module]
+    chain: list[nn.Module] = [*wrappers(module)] or [module]
     here = [part for part in chain if isinstance(part, LoraLayer) and adapter in part.records]
     return [(name + ".base_layer" * depth, part) for depth, part in enumerate(here)]
 

@@ -96,9 +96,9 @@ def inject(
 def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: AdapterState) -> LoraLayer:
     """The layer that takes up an adapter; it is put into the model if it isn't there yet."""
     if plan.parameter is not None:
-        outermost, layer = wrapped(_now(place), plan.parameter, state)
+        outermost, wrapper = wrapped(_now(place), plan.parameter, state)
         _put(spots, outermost)
-        return layer
+        return wrapper
     now = place.module
     if isinstance(now, (TrainableTokensLayer, TrainableTokensWrapper)):
         return _inside(now, plan, state)

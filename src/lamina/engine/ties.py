@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,6 +150,6 @@ def untie(model: nn.Module, everything: Iterable[Place]) -> None:
             weight = place.original.weight
             assert isinstance(weight, nn.Parameter)
             place.original.weight = nn.Parameter(weight.clone(), weight.requires_grad)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if tied and hasattr(config, "tie_word_embeddings"):
         config.tie_word_embeddings = False

@@ -39,14 +39,17 @@ class MultiheadAttention(LoraLayer):
     """
 
     kind = "attention"
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(base_layer, state)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.in_features, self.out_features = base_layer.embed_dim, 3 * base_layer.embed_dim
-        if not isinstance(base_layer.out_proj, LoraLayer):
-            base_layer.out_proj = OutProjection(base_layer.out_proj, state)
+        base: Any = base_layer
+        self.in_features, self.out_features = int(base.embed_dim), 3 * int(base.embed_dim)
+        if not isinstance(base.out_proj, LoraLayer):
+            base.out_proj = OutProjection(base.out_proj, state)
 
     @classmethod
     def why_not(cls, base_layer: nn.Module) -> str | None:
@@ -96,6 +99,10 @@ class MultiheadAttention(LoraLayer):
         self.base_layer.out_proj.add_adapter(
             name, replace(record, target=target), init=init, upcast=upcast
         )
+
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """There is no such input: torch's function multiplies by the whole weight."""
+        raise NotImplementedError
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         return lora_linear_delta(*self.factors(adapter), self.records[adapter].scaling)

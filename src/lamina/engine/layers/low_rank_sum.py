@@ -76,7 +76,7 @@ class LowRankSum(torch.Tensor):
     @staticmethod
     def __new__(cls, base: torch.Tensor, terms: Sequence[Term]) -> LowRankSum:
         # Without a storage of its own, nothing can take it for the bare W by mistake.
-        made: LowRankSum = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: LowRankSum = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device
         )
         made.base, made.terms = base, tuple(terms)
@@ -118,7 +118,7 @@ class LowRankSum(torch.Tensor):
         return func(*tree_map(_dense, tuple(args)), **tree_map(_dense, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,

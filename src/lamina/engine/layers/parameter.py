@@ -87,6 +87,10 @@ class ParamWrapper(LoraLayer):
         left, right = (a.mT, b.mT) if self._in_by_out else (b, a)
         return (left, right) if self._experts_dim else (left[0], right[0])
 
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """There is no such input: the module decides what each expert is multiplied by."""
+        raise NotImplementedError
+
     def delta_weight(self, adapter: str) -> torch.Tensor:
         left, right = self.sides(adapter)
         dtype = accumulation_dtype(left.dtype)

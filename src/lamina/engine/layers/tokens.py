@@ -235,6 +235,10 @@ class TrainableTokensLayer(LoraLayer):
         """What an adapter changes in the table; zero but for its rows."""
         return self.delta_weight(adapter).to(self.rows(adapter).dtype)
 
+    def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
+        """Rows are replaced, nothing is added."""
+        raise NotImplementedError
+
     def delta_weight(self, adapter: str) -> torch.Tensor:
         weight = torch.zeros_like(self.get_base_layer().weight)
         rows = self.rows(adapter)

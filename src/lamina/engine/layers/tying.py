@@ -21,6 +21,8 @@ class Transposed(nn.Module):
     """
 
     bias = None
+    _held: Any
+    _adapter: str
 
     def __init__(self, held: nn.ParameterDict, adapter: str) -> None:
         super().__init__()
