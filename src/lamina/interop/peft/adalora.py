@@ -53,6 +53,8 @@ class AdaLoraConfig(native.AdaLoraConfig, LoraConfig):
         # The pattern is of masks here, not of ranks.
         plain = copy.copy(self)
         plain.rank_pattern = None
+        if plain.bias == "adalora_only":
+            plain.bias = "lora_only"
         return [*LoraConfig.late_faults(plain), *native.AdaLoraConfig._faults_of_allocation(self)]
 
 
