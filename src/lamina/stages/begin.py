@@ -282,8 +282,8 @@ def _cure(faults: list[str]) -> str:
         "config": 'leave config out, or use mode="stack" for an adapter with another config',
         "base": "load the base that the parent was trained on, or pass allow_base_mismatch=True if "
         "it is the same but for its name or head",
-        "update": 'lamina.save_merged(parent, "runs/merged") folds the parent into its base; begin '
-        "a fresh stage on that",
+        "update": "`lamina merge PARENT -o MERGED` folds the parent into its base; begin a fresh "
+        "stage on that (aLoRA can't be folded: continue it)",
     }
     return "; ".join(
         way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)
