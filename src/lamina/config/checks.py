@@ -50,7 +50,7 @@ def faults_of_choices(config: Any) -> list[str]:
 def faults_of_variants(config: Any) -> list[str]:
     """Faults of what makes an adapter more than plain LoRA."""
     faults = []
-    if not isinstance(config.use_dora, bool):
+    if config.use_dora is not None and not isinstance(config.use_dora, bool):
         faults.append(f"use_dora={config.use_dora!r}: True or False")
     if config.use_dora and config.lora_bias:
         faults.append("lora_bias=True is not supported for DoRA, please pass use_dora=False")

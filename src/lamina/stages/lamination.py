@@ -118,7 +118,7 @@ def _refuse_several(parts: Sequence[Part], where: str) -> None:
                 for part in parts
                 if part.extras or not part.is_sum
             ],
-            cure="fold the parent into its base: lamina merge PARENT -o MERGED; begin afresh on that",
+            cure="lamina merge PARENT -o MERGED folds the parent into its base; begin on that",
         )
 
 
