@@ -23,7 +23,7 @@ class LaminaError(Exception):
         self.what = what
         self.faults = tuple(faults)
         self.cure = cure
-        super().__init__(what, self.faults, cure)
+        super().__init__(str(self))
 
     def __str__(self) -> str:
         lines = [self.what, *(f"  - {fault}" for fault in self.faults)]

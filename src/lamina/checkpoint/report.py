@@ -68,7 +68,7 @@ def mismatch_error(
         *_listed("the model has, the file lacks", report.missing_keys),
         *_listed("the file has, the model lacks", report.unexpected_keys),
         *(
-            f"{key} is {list(theirs)} in the file and {list(ours)} in the model"
+            f"size mismatch: {key} is {list(theirs)} in the file and {list(ours)} in the model"
             for key, theirs, ours in report.mismatched_keys[:_SHOWN]
         ),
     ]

@@ -43,7 +43,11 @@ class Folding(AdapterHolder):
         """None if a weight with these adapters added exists, else the reason."""
         lacks_bias = getattr(self.base_layer, "bias", None) is None
         if lacks_bias and any(self.records[name].lora_bias for name in names):
-            return "its base has no bias that could take up the bias of lora_B (lora_bias=True)"
+            # Code for PEFT looks for the first half.
+            return (
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias "
+                "that could take up that of lora_B"
+            )
         reasons = (self.records[n].variant.why_not_foldable(self, n) for n in names)
         return next(filter(None, reasons), None)
 
