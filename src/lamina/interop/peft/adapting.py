@@ -43,6 +43,12 @@ def get_peft_model(
             "This may lead to reinitialization of the adapter weights during loading.",
             stacklevel=2,
         )
+    if getattr(peft_config, "init_lora_weights", None) == "eva" and not low_cpu_mem_usage:
+        warnings.warn(
+            "lora with eva initialization used with low_cpu_mem_usage=False. With "
+            "low_cpu_mem_usage=True a larger batch may fit while its data is looked at.",
+            stacklevel=2,
+        )
     if mixed:
         from lamina.interop.peft.mixed import PeftMixedModel
 
