@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lamina.config import methods
 from lamina.config.base import PeftConfig, PeftType
@@ -95,6 +95,9 @@ class LoraConfig(PeftConfig):
 
     Source: LoRA, arXiv:2106.09685.
     """
+
+    # Whether rows that are trained stand in a layer of their own rather than beside LoRA's.
+    rows_alone: ClassVar[bool] = False
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None

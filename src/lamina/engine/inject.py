@@ -134,12 +134,18 @@ def _replace_rows(
     holder = _token_layer(place)
     if holder is None:
         source = None if plan.tied_to is None else _token_layer(by_name[plan.tied_to])
-        wrapper = TrainableTokensWrapper(_now(place), state, source)
-        _put(occupied[id(place.original)], wrapper)
-        holder = wrapper.token_adapter
+        if config.rows_alone:
+            outer: nn.Module = TrainableTokensLayer(_now(place), state, source)
+        else:
+            outer = TrainableTokensWrapper(_now(place), state, source)
+        _put(occupied[id(place.original)], outer)
+        holder = _token_layer(place)
+        assert holder is not None
     holder.expect(name, plan.indices)
     record = LayerAdapter.of_rows(config, len(plan.indices), plan.name)
-    holder.add_adapter(name, record, init=True if initialise else None, upcast=upcast)
+    # Noise is for tests of LoRA's factors; beside them, rows always begin as they are.
+    begin = config.init_lora_weights if config.rows_alone else True
+    holder.add_adapter(name, record, init=begin if initialise else None, upcast=upcast)
 
 
 def _token_layer(place: Place) -> TrainableTokensLayer | None:

@@ -16,6 +16,15 @@ from lamina.engine.weights import BaseWeight, weight_of
 from lamina.errors import ConfigError
 
 
+class OwnRows(dict[str, torch.Tensor]):
+    """Rows by adapter, read as items or as attributes, as those of a torch module are."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class TrainableTokensLayer(LoraLayer):
     """`W'[i] = rows[i]` for the token indices i of an adapter, over an embedding or an output head.
 
@@ -81,7 +90,7 @@ class TrainableTokensLayer(LoraLayer):
         self.token_indices[name] = list(indices)
 
     def add_factors(self, name: str, record: LayerAdapter, dtype: torch.dtype) -> None:
-        shape = (len(self.token_indices[name]), self.get_base_layer().weight.shape[1])
+        shape = (len(self.token_indices[name]), self.weight.shape[1])
         self.trainable_tokens_delta[name] = nn.Parameter(
             torch.empty(shape, device="meta", dtype=dtype)
         )
@@ -133,9 +142,9 @@ class TrainableTokensLayer(LoraLayer):
         return weight.detach()[self.index(name)]
 
     @property
-    def trainable_tokens_original(self) -> dict[str, torch.Tensor]:
+    def trainable_tokens_original(self) -> OwnRows:
         """adapter -> the table's own rows."""
-        return {name: self.original_rows(name) for name in self.records}
+        return OwnRows({name: self.original_rows(name) for name in self.records})
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ class TrainableTokensLayer(LoraLayer):
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
         """The table with these adapters' rows in it, as a tensor; gradients flow to the rows."""
-        weight: torch.Tensor = self.get_base_layer().weight
+        weight = self.weight
         for name in active_adapters if not self.disable_adapters else ():
             if name in self.records and name not in self.merged_adapters:
                 weight = weight.index_copy(0, self.index(name), self.rows(name).to(weight))
@@ -240,7 +249,7 @@ class TrainableTokensLayer(LoraLayer):
         raise NotImplementedError
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
-        weight = torch.zeros_like(self.get_base_layer().weight)
+        weight = torch.zeros_like(self.weight)
         rows = self.rows(adapter)
         weight[self.index(adapter)] = (rows - self.original_rows(adapter).to(rows)).to(weight)
         return weight
@@ -275,6 +284,13 @@ class TrainableTokensWrapper(nn.Module):
     def weight(self) -> torch.Tensor:
         """The table with the active adapters' rows in it."""
         return self.token_adapter.get_merged_weights(self.token_adapter.active_adapters)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """The name of an adapter's rows on disk -> in this module, as transformers asks for it."""
+        if self.token_adapter.tied_adapter is not None:
+            return {}
+        rows = "token_adapter.trainable_tokens_delta"
+        return {rows: f"{rows}.{adapter_name}"}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, with the active adapters' rows."""
