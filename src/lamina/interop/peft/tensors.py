@@ -14,6 +14,7 @@ from lamina.checkpoint.report import LoadReport
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.names import places
+from lamina.interop.peft.embeddings import embedding_tensors
 from lamina.interop.peft.experts import fuse_tensors
 from lamina.interop.peft.types import PeftWarning
 from lamina.model import state_dict as native
@@ -39,9 +40,11 @@ def get_peft_model_state_dict(
     save_embedding_layers: Any = "auto",
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter, by their names on disk; shards that weren't gathered warn."""
-    found = native.get_peft_model_state_dict(
-        model, state_dict, adapter_name, unwrap_compiled, save_embedding_layers
-    )
+    found = native.get_peft_model_state_dict(model, state_dict, adapter_name, unwrap_compiled)
+    state = find_state(model)
+    assert state is not None
+    of_base = embedding_tensors(model, state.configs[adapter_name], save_embedding_layers)
+    found |= {key: (state_dict or {}).get(key, tensor) for key, tensor in of_base.items()}
     flat = [
         f"{key}: {tuple(tensor.shape)}"
         for key, tensor in found.items()

@@ -17,7 +17,7 @@ from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
 from lamina.interop.peft import constants, switching, ties
 from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
-from lamina.interop.peft.fitting import fit, warn_misfits, warn_of_lost_biases
+from lamina.interop.peft.fitting import fit, warn_misfits
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
@@ -156,7 +156,6 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
-        warn_of_lost_biases(model, adapter_name)
         ties.warn_of_ties(model, config)
 
     def _get_kasa_loss(self, adapter_names: Any = None) -> Any:
@@ -259,7 +258,9 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The plain model with adapters folded in for good."""
         self._warn_if_tied()
-        return self._unconfigured(super().merge_and_unload(*args, **kwargs))
+        merged = super().merge_and_unload(*args, **kwargs)
+        ties.tell_untied(merged)
+        return self._unconfigured(merged)
 
     def unload(self) -> nn.Module:
         """The plain model as it was before it was adapted."""
