@@ -86,5 +86,5 @@ def test_the_router_itself_is_read_and_written(tmp_path: Path) -> None:
         where = tmp_path / name / "arrow_router"
         for library in (lamina, peft):
             config = library.PeftConfig.from_pretrained(where)
-            assert config.arrow_config.task_adapter_names == ["task_0", "task_1"]
-            assert config.arrow_config.rng_seed == 3
+            assert config.target_modules == model.peft_config["arrow_router"].target_modules
+            assert (config.arrow_config.top_k, config.arrow_config.rng_seed) == (1, 3)
