@@ -175,17 +175,27 @@ def test_tied_adapters_train_save_and_fold_as_one(tmp_path: Path, config: dict[s
 
 
 def test_one_of_two_tied_modules_is_folded_into_only_when_untied() -> None:
-    from lamina.engine import fold
-
     model = random_rows(
         lamina.get_peft_model(make(True), lamina.LoraConfig(r=2, target_modules=["lm_head"]))
     )
     expected = answer(model, IDS)
     with pytest.raises(FoldError, match="tied to"):
         model.merge_and_unload()
-    bare: Any = fold.merge_and_unload(model.get_base_model(), model.adapter_state, untied=True)
+    bare: Any = model.merge_and_unload(untie=True)
     assert_close(answer(bare, IDS), expected, 1e-5)
     assert not bare.config.tie_word_embeddings
+
+
+def test_what_can_not_be_folded_is_tied_again() -> None:
+    model: Any = random_rows(
+        lamina.get_peft_model(make(True), lamina.LoraConfig(r=2, target_modules=["lm_head"]))
+    )
+    model.get_base_model().lm_head.lora_B["default"].weight.data[0] = torch.nan
+    with pytest.raises(FoldError, match="NaN"):
+        model.merge_and_unload(untie=True, safe_merge=True)
+    base = model.get_base_model()
+    assert base.lm_head.get_base_layer().weight is base.model.embed_tokens.weight
+    assert base.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(

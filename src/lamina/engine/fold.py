@@ -22,6 +22,7 @@ from lamina.errors import FoldError
 
 _SHOWN = 8
 _CURE = "leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32"
+_UNTIE = "; where weights are tied, merge_and_unload(untie=True) gives each module its own"
 _QUANTISED = (
     "; or choose: merge_and_unload(target='quantized') rounds the sums to the base's codes, "
     "target='dequantized' makes the layers dense; lamina.compare_merges(model, inputs) measures "
@@ -122,6 +123,7 @@ def _check_foldable(
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
             cure=_CURE
+            + (_UNTIE if tied else "")
             + (_QUANTISED if any(layer.weight_view.quantised for _, layer, _ in work) else ""),
         )
 
@@ -234,8 +236,7 @@ def merge_and_unload(
     folded = _folded_by_path(model)
     if not set(folded_adapters(model)) <= set(wanted):
         unfold(model)
-    if untied:
-        untie(model, places(model))
+    tie_again = untie(model, places(model)) if untied else None
     # What other adapters took out of the base has to be in it again before anything is added.
     given = give_back(model, [name for name in state.configs if name not in wanted])
     try:
@@ -246,6 +247,8 @@ def merge_and_unload(
         for layer, name, taken in reversed(given):
             layer.take(name, taken)
         state.activate(active)
+        if tie_again is not None:
+            tie_again()
         _fold_again(model, folded)
         raise
     return strip(model, keep_saved=True)

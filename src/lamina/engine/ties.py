@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,15 +141,26 @@ def _source(layer: LoraLayer, names: list[str]) -> LoraLayer | None:
 
 
 @torch.no_grad()
-def untie(model: nn.Module, everything: Iterable[Place]) -> None:
-    """Give every module that adapters change a weight of its own, and say so in the config."""
+def untie(model: nn.Module, everything: Iterable[Place]) -> Callable[[], None]:
+    """Give every module that shares a weight one of its own, and say so in the model's config.
+
+    Returns:
+        What ties them again.
+    """
     everything = list(everything)
-    tied = tied_to_embedding(model, everything)
-    for group in sharing(everything):
-        for place in group[1:]:
-            weight = place.original.weight
-            assert isinstance(weight, nn.Parameter)
-            place.original.weight = nn.Parameter(weight.clone(), weight.requires_grad)
     config: Any = getattr(model, "config", None)
-    if tied and hasattr(config, "tie_word_embeddings"):
+    told = bool(tied_to_embedding(model, everything)) and hasattr(config, "tie_word_embeddings")
+    before = [(p.original, p.original.weight) for group in sharing(everything) for p in group[1:]]
+    for module, weight in before:
+        assert isinstance(weight, nn.Parameter)
+        module.weight = nn.Parameter(weight.clone(), weight.requires_grad)
+    if told:
         config.tie_word_embeddings = False
+
+    def tie_again() -> None:
+        for module, weight in before:
+            module.weight = weight
+        if told:
+            config.tie_word_embeddings = True
+
+    return tie_again

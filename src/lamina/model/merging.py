@@ -27,6 +27,7 @@ def merge(
     safe: bool = False,
     target: Target | None = None,
     dtype: torch.dtype | None = None,
+    untie: bool = False,
 ) -> nn.Module:
     """The plain model with adapters (None: the active ones) folded in for good.
 
@@ -38,16 +39,22 @@ def merge(
         target: what quantised layers become: "quantized" rounds the sums to their codes again,
             "dequantized" makes all of them dense. It makes no difference to a dense model.
         dtype: of the layers that become dense; None takes that of the model's dense parameters.
+        untie: give modules that share a weight one each before.
 
     Raises:
         ConfigError: the settings contradict each other.
         FoldError: a layer can't be folded into, or is quantised and no target is given.
     """
     check_target(target, dtype)
+    if untie and target == "dequantized":
+        raise ConfigError(
+            "untie=True doesn't go with target='dequantized'.",
+            cure="untie the base's weights before it is adapted",
+        )
     if target is None:
-        return merge_and_unload(model, state, names, safe=safe)
+        return merge_and_unload(model, state, names, safe=safe, untied=untie)
     if target == "quantized":
-        merged = merge_and_unload(model, state, names, safe=safe, requantise=True)
+        merged = merge_and_unload(model, state, names, safe=safe, requantise=True, untied=untie)
     else:
         merged = merge_dequantised(model, state, names, dtype=dtype, safe=safe)
         _unmark(merged)

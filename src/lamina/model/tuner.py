@@ -226,6 +226,7 @@ class LoraModel(nn.Module):
         *,
         target: merging.Target | None = None,
         dtype: torch.dtype | None = None,
+        untie: bool = False,
     ) -> nn.Module:
         """The plain model with adapters (None: the active ones) folded in for good.
 
@@ -240,6 +241,8 @@ class LoraModel(nn.Module):
                 again, "dequantized" makes all of them dense.
             dtype: of the layers that become dense; None takes that of the model's dense
                 parameters.
+            untie: give modules that share a weight (an embedding and the head) one each before, so
+                that what is folded into one leaves the others as they are.
 
         Raises:
             ConfigError: the settings contradict each other.
@@ -252,6 +255,7 @@ class LoraModel(nn.Module):
             safe=safe_merge,
             target=target,
             dtype=dtype,
+            untie=untie,
         )
 
     def unload(self) -> nn.Module:

@@ -44,6 +44,29 @@ def warn_of_ties(model: nn.Module, config: Any) -> None:
         )
 
 
+def tell_untied(model: Any) -> None:
+    """Let a merged model's config say so, if its embedding and head have different weights."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    try:
+        ends = [getter() if callable(getter) else None for getter in getters]
+    except (NotImplementedError, AttributeError):
+        return
+    weights = [getattr(end, "weight", None) for end in ends]
+    first, second = weights
+    if first is None or second is None:
+        return
+    if first.data_ptr() != second.data_ptr():
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "The embedding and the head differ after merging. Setting `tie_word_embeddings=False` "
+            "in the model's config.",
+            stacklevel=4,
+        )
+
+
 def _names_embedding(config: Any) -> bool:
     targets = config.target_modules
     if isinstance(targets, str):
