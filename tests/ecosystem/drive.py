@@ -1,10 +1,11 @@
 """Run scenarios in a process of their own, with Lamina in the place of peft.
 
-    python tests/ecosystem/drive.py hidden|visible|late FILE [PYTEST ARGUMENTS]
+    python tests/ecosystem/drive.py hidden|visible|late|real FILE [PYTEST ARGUMENTS]
 
 `hidden`: the real peft, where there is one, can't be imported and isn't in the metadata.
 `visible`: it is importable, but Lamina answers. `late`: hidden, and the libraries are imported
-before Lamina takes its place.
+before Lamina takes its place. `real`: Lamina doesn't take it; what a scenario asks of Lamina
+alone fails then, all else holds of the real peft too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def prepare(how: str, scenario: str) -> None:
     """Hide peft and put Lamina in its place, before anything else is imported."""
     sys.path[0] = ROOT
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if how == "real":
+        return
     if how != "visible":
         from tests.ecosystem.without import hide
 

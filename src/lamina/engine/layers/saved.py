@@ -74,6 +74,14 @@ class ModulesToSaveWrapper(Switched):
         else:
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=before.requires_grad)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of an adapter's tensors on disk -> in this module, as transformers asks for them."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {
+            leaf: f"modules_to_save.{adapter_name}.{leaf}" for leaf in self.tensors(adapter_name)
+        }
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the effective module gives, or in a mixed batch, the copy of each row's adapter."""
         names = kwargs.pop("adapter_names", None)
