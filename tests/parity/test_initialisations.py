@@ -115,23 +115,35 @@ def test_mica_begins_embeddings_the_same() -> None:
         assert a.requires_grad == b.requires_grad
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_4", "orthogonal"])
-def test_what_is_drawn_is_the_same_from_the_same_seed(init: str) -> None:
-    # Not at once: peft has drawn other numbers by then.
-    config = {"r": 4, "lora_alpha": 6, "target_modules": ["0"], "init_lora_weights": init}
-    ours, theirs = both(two_layers, **config)
-    ((mine, other),) = layers(ours, theirs)
-    with torch.no_grad():
-        mine.give_back("default")
-        other.base_layer.weight.copy_(two_layers()[0].weight)
+@pytest.mark.parametrize(
+    "init",
+    ["pissa", "pissa_niter_4", "olora", "orthogonal", "mica", "gaussian", "eva", True, False],
+)
+def test_one_seed_means_one_adapter_in_both(init: bool | str) -> None:
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["0", "2"], "init_lora_weights": init}
     with models.seeded(3):
-        mine.initialise("default", init)
+        ours = lamina.get_peft_model(two_layers(), lamina.LoraConfig(**config, **_settings(init)))
     with models.seeded(3):
-        if init == "orthogonal":
-            other.orthogonal_init("default")
-        else:
-            other.pissa_init("default", init)
+        theirs = peft.get_peft_model(two_layers(), peft.LoraConfig(**config))
     assert_same_beginning(ours, theirs)
+
+
+def _settings(init: bool | str) -> dict[str, Any]:
+    # Ours would warn of defaults, too.
+    return {"eva_config": EvaConfig()} if init == "eva" else {}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("init", [True, False])
+def test_one_seed_means_one_convolution_in_both(init: bool, bias: bool) -> None:
+    config = {"r": 4, "target_modules": ["stem"], "init_lora_weights": init, "lora_bias": bias}
+    with models.seeded(3):
+        ours = lamina.get_peft_model(models.convolution_net(2), lamina.LoraConfig(**config))
+    with models.seeded(3):
+        theirs = peft.get_peft_model(models.convolution_net(2), peft.LoraConfig(**config))
+    other = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, other[name])
 
 
 def corda_config(kind: Any, **settings: Any) -> dict[str, Any]:
@@ -204,23 +216,11 @@ def test_lora_ga_begins_the_same(direction: str, scale: str) -> None:
     preprocess_loraga(ours, mine, lambda: [(ours(x) ** 2).sum().backward() for x in (X, X + 1)])
     their_loraga(theirs, other, lambda: [(theirs(x) ** 2).sum().backward() for x in (X, X + 1)])
     torch.testing.assert_close(ours[2]._peft_loraga_grad, theirs[2]._peft_loraga_grad)
-    adapted = [lamina.get_peft_model(ours, mine), peft.get_peft_model(theirs, _plain(other))]
-    ((layer, reference),) = layers(*adapted)
-    # Drawn anew from one seed, since peft draws other numbers before.
-    layer.give_back("default")
-    for module in (layer.base_layer, reference.base_layer):
-        module._peft_loraga_grad = theirs[2].base_layer._peft_loraga_grad
     with models.seeded(3):
-        layer.initialise("default", "lora_ga")
-    with models.seeded(3), torch.no_grad():
-        reference.lora_ga_init("default", other.lora_ga_config)
-    assert_same_beginning(*adapted, 1e-5)
-
-
-def _plain(config: Any) -> Any:
-    copied = peft.LoraConfig(**{**config.to_dict(), "init_lora_weights": True})
-    copied.lora_ga_config = config.lora_ga_config
-    return copied
+        ours = lamina.get_peft_model(ours, mine)
+    with models.seeded(3):
+        theirs = peft.get_peft_model(theirs, other)
+    assert_same_beginning(ours, theirs, 1e-4)
 
 
 def batches(count: int = 3) -> list[dict[str, Tensor]]:
