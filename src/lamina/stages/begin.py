@@ -11,7 +11,7 @@ from torch import nn
 
 from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.record import Lamina, Mode
-from lamina.config import LoraConfig, PeftConfig
+from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
 from lamina.engine.state import AdapterState
@@ -23,7 +23,7 @@ from lamina.model.loading import HUB_OPTIONS, undone_on_error
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.checkpoints import StageCheckpoints
 from lamina.stages.context import StageContext
-from lamina.stages.lamination import Chain, take_apart
+from lamina.stages.lamination import WITHOUT_STAGES, Chain, take_apart
 from lamina.stages.original import check_saveable, split_off_taken, take_again
 from lamina.stages.restore import base_weight_faults, restore_part
 
@@ -145,6 +145,8 @@ def _check_words(
         faults.append("config is missing: the new adapter needs a LoraConfig")
     elif config is not None and not isinstance(config, LoraConfig):
         faults.append(f"config is a {_kind(config)}, not a lamina.LoraConfig")
+    elif isinstance(config, AdaLoraConfig):
+        faults.append(f"config is an AdaLoraConfig: {WITHOUT_STAGES}")
     faults += [*_name_faults(name), *_where_faults(where, parent)]
     on_parent = parent is not None or mode is not None
     if faults:

@@ -19,11 +19,14 @@ from lamina.checkpoint.origin import (
     split_key,
 )
 from lamina.checkpoint.record import Lamina, StageRecord
-from lamina.config import LoraConfig, PeftConfig, numbers
+from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig, numbers
 from lamina.engine.compose import Factors, concatenate, separate
 from lamina.engine.layers import LayerAdapter
 from lamina.engine.variants import variant_for
 from lamina.errors import CheckpointError
+
+# Why AdaLoRA is trained apart from stages.
+WITHOUT_STAGES = "its ranks are shared out in training, and belong to no stage"
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,15 @@ def take_apart(file: AdapterFile) -> Chain:
     the sum there.
 
     Raises:
-        CheckpointError: a module lacks one of its factors.
+        CheckpointError: a module lacks one of its factors, or it is AdaLoRA.
         RecordError: record and tensors contradict each other.
     """
+    if isinstance(file.config, AdaLoraConfig):
+        raise CheckpointError(
+            f"{file.source} is an adapter of AdaLoRA: {WITHOUT_STAGES}.",
+            cure="PeftModel.from_pretrained(model, DIR) opens it; lamina.save_as_lora(path, model, "
+            "rank) makes plain LoRA of it, to build stages on",
+        )
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
