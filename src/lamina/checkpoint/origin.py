@@ -12,8 +12,9 @@ from lamina.errors import RecordError
 PREFIX = "base_model.model."
 UNKNOWN = "imported"
 # The names on disk of what an adapted layer has, A first.
-A_LEAVES = ("lora_A.weight", "lora_embedding_A")
-B_LEAVES = ("lora_B.weight", "lora_embedding_B")
+# The last of each are AdaLoRA's.
+A_LEAVES = ("lora_A.weight", "lora_embedding_A", "lora_A")
+B_LEAVES = ("lora_B.weight", "lora_embedding_B", "lora_B")
 LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
 # What a variant of LoRA keeps beside A and B is named like them: `lora_magnitude_vector`.
 _OF_VARIANT = re.compile(r"^(.+)\.(lora_[A-Za-z_]+(?:\.[a-z_]+)?)$")

@@ -75,6 +75,9 @@ def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorSh
 
 def scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r` of a module by its config's patterns, or `alpha / sqrt(r)` with rsLoRA."""
+    if config.get("peft_type") == "ADALORA":
+        # Ranks that were taken away leave the scaling as it was.
+        return float(config["lora_alpha"]) / float(config["init_r"])
     alpha = first_match(
         config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or 8)
     )

@@ -7,7 +7,7 @@ ranks are padded with zeros to one that fits all adapters to come.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch import nn
 from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.keys import Slot, disk_key, respelt_bias, slots
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key
-from lamina.config import LoraConfig, PeftConfig, numbers
+from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig, numbers
 from lamina.engine.factored import factored_layers
 from lamina.engine.inject import find_state
 from lamina.engine.layers import LayerAdapter, LoraLayer
@@ -101,6 +101,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         ConfigError: with all that differs.
     """
     first, second = (cast("Any", config) for config in (config0, config1))
+    _refuse_shared_ranks((first, second))
     if first.peft_type != second.peft_type:
         kinds = [getattr(each.peft_type, "value", each.peft_type) for each in (first, second)]
         raise ConfigError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
@@ -151,6 +152,7 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model.",
             cure="load the first adapter before prepare_model_for_compiled_hotswap",
         )
+    _refuse_shared_ranks(next(iter(layers.values())).adapter_state.configs.values())
     if target_rank is not None:
         _check_target_rank(layers, target_rank)
     for layer in layers.values():
@@ -165,6 +167,14 @@ def prepare_model_for_compiled_hotswap(
         each.rank_pattern = dict.fromkeys(each.rank_pattern, target_rank)
     for name in state.configs:
         describe_numbers(layers, state.configs[name], name)
+
+
+def _refuse_shared_ranks(configs: Iterable[Any]) -> None:
+    if any(isinstance(config, AdaLoraConfig) for config in configs):
+        raise ConfigError(
+            "Hotswapping only supports LORA but ADALORA was passed.",
+            cure="lamina.save_as_lora(path, model, rank) makes plain LoRA of an adapter",
+        )
 
 
 def _check_not_compiled(model: nn.Module, check: str) -> None:
