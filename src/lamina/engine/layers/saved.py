@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(Switched):
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=before.requires_grad)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Names of an adapter's tensors on disk -> in this module, as transformers asks for them."""
+        """The names of an adapter's tensors on disk -> in this module, for transformers."""
         if adapter_name not in self.modules_to_save:
             return {}
         return {
