@@ -167,3 +167,13 @@ def test_bf16_experts_stay_near_peft() -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     fill(ours, theirs, 3)
     assert_close(answer(ours, IDS).float(), answer(theirs, IDS).float(), 0.05)
+
+
+def test_a_file_of_separate_experts_is_told_apart() -> None:
+    ours = lamina.get_peft_model(make("mixtral"), lamina.LoraConfig(target_modules=["q_proj"]))
+    tensors = {
+        f"base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora_{side}.weight": tensor
+        for side, tensor in (("A", torch.zeros(8, 32)), ("B", torch.zeros(24, 8)))
+    }
+    with pytest.raises(lamina.errors.KeyMismatchError, match="fused the weights of experts"):
+        lamina.set_peft_model_state_dict(ours, tensors)

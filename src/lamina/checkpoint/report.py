@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lamina.checkpoint.keys import suggest_mapping
 from lamina.errors import KeyMismatchError
 
+# An expert's own layers, in files from before transformers 5.
+_SEPARATE_EXPERTS = re.compile(r"\.experts\.\d+\.")
 _SHOWN = 6
 
 
@@ -85,6 +88,11 @@ def mismatch_error(
 
 
 def _cure(report: LoadReport, mapping: dict[str, str]) -> str:
+    if any(_SEPARATE_EXPERTS.search(key) for key in report.unexpected_keys):
+        return (
+            "if it was trained before transformers fused the weights of experts, open it through "
+            "lamina.interop.peft, which fuses its factors too, and save it again"
+        )
     if mapping and report.unexpected_keys:
         return f"if it is the same model under other names, pass key_mapping={mapping!r}"
     if report.mismatched_keys:
