@@ -130,9 +130,10 @@ class AdaLoraConfig(LoraConfig):
             if not _is_count(getattr(self, name), low)
         ]
         for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < 1:
                 faults.append(f"{name}={getattr(self, name)!r}: a number between 0 and 1")
-        if self.orth_reg_weight < 0:
+        if not _is_number(self.orth_reg_weight) or not self.orth_reg_weight >= 0:
             faults.append(
                 "`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
                 f"{self.orth_reg_weight}"
@@ -148,6 +149,10 @@ def _faults_of_masks(masks: Any) -> list[str]:
         for name, mask in (masks or {}).items()
         if not isinstance(mask, list) or not all(isinstance(left, bool) for left in mask)
     ]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lamina.config.checks import is_off
+from lamina.config.types import merged, set_strange_aside
 from lamina.errors import ConfigError, MissingFileError, UnsupportedFieldError, nearest
 from lamina.storage.source import find_config
 
@@ -58,7 +60,8 @@ class PeftConfig:
     _kinds: ClassVar[dict[str, type[PeftConfig]]] = {}
 
     def __post_init__(self) -> None:
-        faults = self._faults()
+        strange = self._wrong_types()
+        faults = merged([*self._settle(), *self._faults()], strange)
         if faults:
             raise ConfigError(
                 f"{len(faults)} setting(s) of this {type(self).__name__} are wrong.",
@@ -67,6 +70,13 @@ class PeftConfig:
             )
         if self.task_type is not None:
             self.task_type = TaskType(self.task_type)
+
+    def _wrong_types(self) -> dict[str, str]:
+        return set_strange_aside(self)
+
+    def _settle(self) -> list[str]:
+        """Bring values into the form in which they are judged; a line for each that has none."""
+        return []
 
     def _faults(self) -> list[str]:
         known = [task.value for task in TaskType]
@@ -174,6 +184,8 @@ def _strange(name: str, value: object, known: set[str]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, os.PathLike):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (set, frozenset)):

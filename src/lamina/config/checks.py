@@ -7,6 +7,19 @@ import re
 from typing import Any
 
 
+# Fields that make an adapter another variant of LoRA.
+_VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "kasa_config",
+)
+
+
 def faults_of_numbers(config: Any) -> list[str]:
     """Faults of ranks, alphas and the dropout."""
     faults = []
@@ -57,13 +70,16 @@ def faults_of_variants(config: Any) -> list[str]:
     if config.use_dora and config.megatron_config:
         faults.append("DoRA does not support megatron_core, please set use_dora=False")
     tokens = config.alora_invocation_tokens
-    if tokens is None:
-        return faults
-    if not isinstance(tokens, (list, tuple)) or not tokens or not all(map(_is_token, tokens)):
+    known = isinstance(tokens, (list, tuple)) and tokens and all(map(_is_token, tokens))
+    if tokens is not None and not known:
         faults.append(f"alora_invocation_tokens={tokens!r}: a list of token ids, at least one")
-    if config.use_dora:
+    asked = [name for name in _VARIANTS if getattr(config, name)]
+    if config.init_lora_weights == "mica":
+        asked.append("init_lora_weights='mica'")
+    if len(asked) > 1:
         faults.append(
-            "Invalid or unsupported variant combination: use_dora and alora_invocation_tokens"
+            f"Invalid or unsupported variant combination: {' and '.join(asked)}; each of them says "
+            "what becomes of A and B, so that an adapter has one of them"
         )
     return faults
 

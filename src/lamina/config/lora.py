@@ -55,6 +55,14 @@ class LoraConfig(PeftConfig):
         lora_bias: give B a bias of its own.
         fan_in_fan_out: the weight is stored (in x out); found out by itself for `Conv1D`.
         modules_to_save: modules trained whole and saved with the adapter, such as a new head.
+        target_parameters: parameters adapted by themselves, by their names or the ends of them,
+            such as `experts.down_proj`; of three dimensions, the first is the experts'.
+        trainable_token_indices: rows of the input embedding, or module -> rows of its table, that
+            are trained and saved with the adapter; tied tables share them.
+        layer_replication: ranges (start, end) of layers to put one after the other; repeated ones
+            share the base's weights, not the adapter's.
+        ensure_weight_tying: where a module that shares the input embedding's weight is adapted or
+            trained whole, do the same to all that share it, with one set of weights.
         init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), "orthogonal"
             or False (both random: for tests, since the adapter then changes the model from the
             start). By the base's weights: "pissa", "pissa_niter_N", "olora", "mica"; with a
@@ -140,19 +148,23 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
-        self._refuse_unsupported()
-        self._method_faults = self._build_methods()
+        for name in ("loftq_config", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
         super().__post_init__()
-        del self._method_faults
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+        self.rank_pattern = dict(self.rank_pattern)
+        self.alpha_pattern = dict(self.alpha_pattern)
         settle_beginnings(self)
+
+    def _settle(self) -> list[str]:
+        self._refuse_unsupported()
+        return self._build_methods()
 
     def _refuse_unsupported(self) -> None:
         asked = [name for name in NOT_SUPPORTED if not is_off(getattr(self, name))]
@@ -167,7 +179,6 @@ class LoraConfig(PeftConfig):
         """Turn the dicts that a file holds into settings; a line for each value that is wrong."""
         if isinstance(self.loftq_config, methods.LoftQConfig):
             self.loftq_config = dict(vars(self.loftq_config))
-        self.loftq_config = self.loftq_config or {}
         faults = []
         for name, kind in METHODS.items():
             value = getattr(self, name)
@@ -184,7 +195,6 @@ class LoraConfig(PeftConfig):
     def _faults(self) -> list[str]:
         return [
             *super()._faults(),
-            *self._method_faults,
             *faults_of_numbers(self),
             *faults_of_choices(self),
             *faults_of_targets(self),

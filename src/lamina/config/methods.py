@@ -5,9 +5,11 @@ Names and defaults are those of Hugging Face PEFT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lamina.config.types import merged, set_strange_aside
 from lamina.errors import ConfigError
 
 
@@ -15,7 +17,8 @@ class MethodConfig:
     """The base of a method's settings: it refuses, in one error, all values that are wrong."""
 
     def __post_init__(self) -> None:
-        faults = self.faults()
+        strange = set_strange_aside(self)
+        faults = merged(self.faults(), strange)
         if faults:
             name = type(self).__name__
             raise ConfigError(
@@ -34,7 +37,7 @@ class MethodConfig:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
+            if not number or not low <= value <= high or math.isinf(value):
                 least = "non-negative" if low == 0 else f">= {low}"
                 wanted = f"between {low} and {high}." if high < _NO_LIMIT else least
                 lines.append(f"{name}={value!r}: `{name}` must be {wanted}")
@@ -144,7 +147,7 @@ class LoraGAConfig(MethodConfig):
 
     direction: str = "ArB2r"
     scale: str = "stable"
-    stable_gamma: int = 16
+    stable_gamma: float = 16
 
     def faults(self) -> list[str]:
         choices = {
@@ -220,7 +223,9 @@ class BdLoraConfig(MethodConfig):
     match_strict: bool = True
 
     def faults(self) -> list[str]:
-        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        lists = (self.target_modules_bd_a, self.target_modules_bd_b)
+        of_a, of_b = (names if isinstance(names, (list, tuple, set)) else () for names in lists)
+        both = sorted(str(name) for name in of_a if name in of_b)
         lines = self._beyond({"nblocks": (1, _NO_LIMIT)})
         return lines + [f"{both}: overlapping, in the lists of A and of B"] * bool(both)
 

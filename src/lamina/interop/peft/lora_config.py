@@ -31,8 +31,11 @@ class LoraConfig(native.LoraConfig, PeftConfig):
         self.peft_type = PeftType.LORA
         self._warn_of_conversion()
 
+    def _wrong_types(self) -> dict[str, str]:
+        return {}
+
     def _faults(self) -> list[str]:
-        return list(self._method_faults)
+        return []
 
     def _refuse_unsupported(self) -> None:
         """Not yet: a config may be read and written by who doesn't apply it."""
