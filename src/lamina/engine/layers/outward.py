@@ -18,6 +18,10 @@ from lamina.errors import FoldError
 # Places that code looks for in every layer, whether it has them or not.
 _MODULE_PLACES = ("lora_A", "lora_B", "lora_magnitude_vector")
 _PARAMETER_PLACES = ("lora_embedding_A", "lora_embedding_B")
+_PLACES: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(_MODULE_PLACES, nn.ModuleDict),
+    **dict.fromkeys(_PARAMETER_PLACES, nn.ParameterDict),
+}
 
 
 class PeftNames(Displacing):
@@ -198,10 +202,10 @@ class PeftNames(Displacing):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _MODULE_PLACES:
-                return nn.ModuleDict()
-            if name in _PARAMETER_PLACES:
-                return nn.ParameterDict()
+            if name in _PLACES:
+                # Kept: what somebody puts there has to stay.
+                setattr(self, name, _PLACES[name]())
+                return self._modules[name]
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name.startswith("_"):
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lamina import model as native
 from lamina.interop.peft.facade import PeftModel
 
@@ -44,6 +46,10 @@ class PeftModelForSeq2SeqLM(PeftModel, native.PeftModelForSeq2SeqLM):
     """For encoder-decoder models that write text."""
 
     stands_for = native.PeftModelForSeq2SeqLM
+
+    def generate(self, **kwargs: Any) -> Any:
+        """The adapted model's generation; all inputs are named."""
+        return super().generate(**kwargs)
 
 
 class PeftModelForFeatureExtraction(PeftModel, native.PeftModelForFeatureExtraction):

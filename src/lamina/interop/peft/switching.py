@@ -133,20 +133,6 @@ def refuse_rivals(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def warn_of_merged(model: nn.Module, names: Iterable[str]) -> None:
-    """Warn if some or all adapters that are about to be folded in are so already."""
-    there = {name for _, layer in lora_layers(model) for name in layer.merged_adapters}
-    left = [name for name in names if name not in there]
-    if there and not left:
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-    elif there:
-        warnings.warn(
-            f"Already following adapters were merged {','.join(sorted(there))}. "
-            f"You are now additionally merging {','.join(left)}.",
-            stacklevel=3,
-        )
-
-
 def cast_adapter_dtype(
     model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True
 ) -> None:

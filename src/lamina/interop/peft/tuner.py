@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from lamina.engine.layers import LoraLayer, ParamWrapper, lora_layers
 from lamina.engine.names import adapted_layers
 from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
-from lamina.interop.peft import constants, switching, ties
+from lamina.interop.peft import constants, folding, switching, ties
 from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
 from lamina.interop.peft.fitting import fit, warn_misfits
 from lamina.interop.peft.matching import check_target_module_exists
@@ -77,6 +77,8 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
     tuner_layer_cls = LoraLayer
     target_module_mapping = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     uses_shared_state = False
+    # What ties weights again that were untied when adapters were folded into one of them.
+    _tie_again: Callable[[], None] | None = None
     get_model_config = staticmethod(BaseTuner.get_model_config)
     _check_target_module_exists = staticmethod(check_target_module_exists)
 
@@ -255,10 +257,18 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
 
     # --- taking apart ------------------------------------------------------------------------
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
         """The plain model with adapters folded in for good."""
         self._warn_if_tied()
-        merged = super().merge_and_unload(*args, **kwargs)
+        tie_again = folding.untie_for_folding(self.model, self._to_fold(adapter_names))
+        with folding.undone_on_error(tie_again):
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names, **kwargs)
         ties.tell_untied(merged)
         return self._unconfigured(merged)
 
@@ -271,10 +281,22 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
     ) -> None:
         """Fold adapters into the base weights, reversibly; those that are in it already warn."""
         self._warn_if_tied()
-        switching.warn_of_merged(
-            self.model, self.active_adapters if adapter_names is None else adapter_names
-        )
-        super().merge_adapter(adapter_names, safe_merge, **kwargs)
+        names = self._to_fold(adapter_names)
+        folding.warn_of_merged(self.model, names)
+        tie_again = folding.untie_for_folding(self.model, names)
+        with folding.undone_on_error(tie_again):
+            super().merge_adapter(adapter_names, safe_merge, **kwargs)
+        self._tie_again = tie_again or self._tie_again
+
+    def unmerge_adapter(self) -> None:
+        """Take all folded adapters out again, and tie what was untied for them."""
+        super().unmerge_adapter()
+        if self._tie_again is not None:
+            self._tie_again()
+            self._tie_again = None
+
+    def _to_fold(self, names: list[str] | None) -> list[str]:
+        return self.active_adapters if names is None else names
 
     def _warn_if_tied(self) -> None:
         """Folding into one of two tied weights changes the other one."""
