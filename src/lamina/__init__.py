@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lamina._version import __version__
 from lamina.errors import (
     AdapterNameError,
+    AllocationError,
     AlreadyAdaptedError,
     CheckpointError,
     ConfigError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         find_all_linear_names,
     )
     from lamina.model import (
+        AdaLoraModel,
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
         check_gradients,
         compare_merges,
         convert_to_lora,
+        create_arrow_model,
         extract_lora,
         get_layer_status,
         get_model_status,
@@ -108,7 +111,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaLoraModel",
     "AdapterNameError",
+    "AllocationError",
     "AlreadyAdaptedError",
     "ArrowConfig",
     "AutoPeftModel",
@@ -164,6 +169,7 @@ __all__ = [
     "check_gradients",
     "compare_merges",
     "convert_to_lora",
+    "create_arrow_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",

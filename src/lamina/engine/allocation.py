@@ -87,6 +87,7 @@ class RankAllocator:
                 "optimizer.zero_grad(), with the adapter active and trainable",
             )
         for name, parameter in found.items():
+            assert parameter.grad is not None
             now = self.ipt[name] = (parameter * parameter.grad).abs()
             before = self.exp_avg_ipt.get(name, torch.zeros_like(now))
             mean = self.exp_avg_ipt[name] = self.beta1 * before + (1 - self.beta1) * now

@@ -1,5 +1,7 @@
 """The facade: PEFT's names over the engine and the checkpoint."""
 
+from lamina.model.adalora import AdaLoraModel
+from lamina.model.arrow import create_arrow_model
 from lamina.model.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -36,6 +38,7 @@ from lamina.model.tasks import (
 from lamina.model.tuner import LoraModel
 
 __all__ = [
+    "AdaLoraModel",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -56,6 +59,7 @@ __all__ = [
     "check_gradients",
     "compare_merges",
     "convert_to_lora",
+    "create_arrow_model",
     "extract_lora",
     "get_layer_status",
     "get_model_status",

@@ -51,7 +51,9 @@ def create_arrow_model(
     task, general = list(task_specific_adapter_paths or ()), list(general_adapter_paths or ())
     _refuse_nothing(task, general, arrow_config)
     with undone_on_error(base_model):
-        model = load_experts(PeftModel, base_model, task, general, arrow_config, adapter_kwargs)
+        model: PeftModel = load_experts(
+            PeftModel, base_model, task, general, arrow_config, adapter_kwargs
+        )
         model.add_adapter(ROUTER, router_config(model, arrow_config))
         # Nothing of a router is trained.
         model.set_adapter(ROUTER, train=())

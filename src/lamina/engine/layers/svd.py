@@ -97,7 +97,8 @@ class SvdLayer(LoraLayer):
     def divisor(self, adapter: str) -> torch.Tensor:
         """What divides the scaling; a tensor, so that no device has to be waited for."""
         a, ranknum = self.lora_A[adapter], self.ranknum[adapter]
-        return ranknum.to(a.device, accumulation_dtype(a.dtype)) + _TINY
+        begun: torch.Tensor = ranknum.to(a.device, accumulation_dtype(a.dtype))
+        return begun + _TINY
 
     def flat_delta(self, adapter: str) -> torch.Tensor:
         """`scaling / ranknum * B @ (A * E)`, out x n, summed in at least fp32."""
@@ -142,8 +143,8 @@ class SvdConv2d(SvdLayer):
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(base_layer, state)
-        self.in_features = base_layer.in_channels
-        self.out_features = base_layer.out_channels
+        self.in_features = int(self.base_layer.in_channels)
+        self.out_features = int(self.base_layer.out_channels)
 
     @property
     def inputs(self) -> int:
