@@ -19,7 +19,7 @@ from lamina.errors import (
     StageError,
     TargetError,
 )
-from tests import models
+from tests import models, quantised
 
 X = torch.linspace(-1, 1, 48).reshape(3, 16)
 
@@ -310,3 +310,24 @@ def test_an_allocator_stands_alone() -> None:
     allocator = RankAllocator(model.get_base_model(), model.peft_config["default"], "default")
     allocator.set_total_step(20)
     assert model.peft_config["default"].total_step == 20
+
+
+# --- quantised bases ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bnb4", "bnb8"])
+def test_over_a_quantised_base_the_update_is_added_to_its_output(kind: str) -> None:
+    layer = getattr(quantised, kind)(quantised.dense())
+    x = torch.linspace(-1, 1, 2 * quantised.IN).reshape(2, quantised.IN)
+    before = layer(x)
+    config = AdaLoraConfig(
+        target_modules=["0"], init_r=4, target_r=1, total_step=3, init_lora_weights=False
+    )
+    model = lamina.get_peft_model(nn.Sequential(layer), config)
+    adapted = dict(svd_layers(model.get_base_model(), "default"))["0"]
+    A, B, E = (getattr(adapted, f"lora_{p}")["default"] for p in "ABE")
+    expected = before + 8 / (4 + 1e-5) * (x @ (A * E).T @ B.T)
+    torch.testing.assert_close(model(x), expected)
+    model(x).square().sum().backward()
+    model.base_model.update_and_allocate(1)
+    assert sum(model.peft_config["default"].rank_pattern["0.lora_E.default"]) < 4
