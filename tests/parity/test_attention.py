@@ -92,3 +92,13 @@ def test_an_attention_over_other_widths_is_refused() -> None:
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 4, kdim=8)})
     with pytest.raises(lamina.errors.TargetError, match="Only same embed"):
         lamina.get_peft_model(model, lamina.LoraConfig(target_modules=["mha"]))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_output_projections_bias_trains_along(tmp_path: Path, bias: str) -> None:
+    ours, theirs = pair(make, r=3, target_modules=["mha"], bias=bias)
+    expected = theirs(inputs())
+    assert_close(ours(inputs()), expected, 1e-5)
+    theirs.save_pretrained(tmp_path)
+    opened = lamina.PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert_close(opened(inputs()), expected, 1e-5)

@@ -13,7 +13,6 @@ from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.ranks import misfits
 from lamina.checkpoint.report import LoadReport, mismatch_error
 from lamina.engine.layers import LoraLayer
-from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.errors import CheckpointError, KeyMismatchError
 
@@ -156,10 +155,10 @@ def _base_tensors(
     if all(key in wanted for key in given):
         return {}
     found = {}
-    for place in places(model):
+    for place, on_disk in disk_names(model):
         inner = "base_layer." if isinstance(place.module, LoraLayer) else ""
         for leaf, parameter in place.original.named_parameters(recurse=False):
-            key = f"{place.name}.{inner}{leaf}"
+            key = f"{on_disk}.{inner}{leaf}"
             if key in given and key not in wanted and given[key].shape == parameter.shape:
                 found[key] = parameter
     return found

@@ -81,10 +81,12 @@ def inject(
         wanted = initialise or changes
         init = config.init_lora_weights if wanted else None
         layer.add_adapter(name, record, init=init, upcast=upcast)
+        if record.variant.changes_base and not initialise:
+            layer.leave_to_be_filled(name)
     _save_modules(plan, by_name, occupied, name, state)
     for tokens in plan.tokens:
         _replace_rows(tokens, by_name, occupied, name, state, (config, initialise, upcast))
-    adopted = _biases(model, config.bias, {layer.name for layer in plan.layers})
+    adopted = _biases(model, config.bias, {name for each in plan.layers for name in each.names})
     if adopted:
         state.biases.adopt(name, adopted)
     apply_trainability(model, state, {name})

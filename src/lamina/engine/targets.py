@@ -52,6 +52,13 @@ class LayerPlan:
     parameter: str | None = None
     tied_to: str | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Plain names of all modules that it adapts: an attention's output projection too."""
+        return (
+            (self.name, f"{self.name}.out_proj") if self.kind.kind == "attention" else (self.name,)
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -362,8 +369,8 @@ class _Finder:
         silent = sorted(set(indices) - self.layer_indices)
         if not silent:
             return []
-        have = f"0 to {max(self.layer_indices)}" if self.layer_indices else "no numbered layers"
-        return [f"layers_to_transform has {silent}; the targets lie in layers {have}"]
+        have = f"layers 0 to {max(self.layer_indices)}" if self.layer_indices else "no such layers"
+        return [f"layers_to_transform has {silent}; the targets lie in {have}"]
 
 
 def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
