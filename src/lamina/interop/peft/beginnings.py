@@ -55,7 +55,7 @@ def refuse_unknown_bias(bias: str) -> None:
     Raises:
         NotImplementedError: as in peft.
     """
-    if bias not in ("none", "all", "lora_only"):
+    if bias not in ("none", "all") and not bias.endswith("_only"):
         raise NotImplementedError(
             f"Requested bias: {bias}, is not implemented; there are 'none', 'all' and 'lora_only'."
         )
