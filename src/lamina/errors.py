@@ -69,6 +69,10 @@ class AlreadyAdaptedError(LaminaError, ValueError):
     """The model already has adapters; starting over would nest or wipe them."""
 
 
+class NoModelError(LaminaError, TypeError):
+    """Something else was given where a model is wanted."""
+
+
 class AdapterNameError(LaminaError, ValueError, KeyError):
     """An adapter's name is unknown, taken or not usable as a name."""
 

@@ -6,7 +6,6 @@ import math
 import re
 from typing import Any
 
-
 # Fields that make an adapter another variant of LoRA.
 _VARIANTS = (
     "use_dora",

@@ -9,8 +9,8 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
 
 _NOTHING = type(None)
 _SERIES = (list, tuple, set, frozenset)
@@ -23,7 +23,7 @@ def set_strange_aside(config: Any) -> dict[str, str]:
     lines has to be refused. What is made of plain values stays, as those checks know it better.
     """
     lines = {}
-    hints = _hints(type(config))
+    hints = _hints(cast("Hashable", type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not field.init or fits(value, hints[field.name]):
@@ -105,5 +105,5 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -11,6 +13,7 @@ from lamina.engine.names import suffixes
 from lamina.errors import InitialisationError, TargetError, UnsupportedTargetError, nearest
 
 _SHOWN = 8
+_FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def unsupported(name: str, module: nn.Module, pattern: str, in_attention: bool) -> str:
@@ -48,9 +51,7 @@ def plan_error(
     shown = unsupported_hits[:_SHOWN]
     if len(unsupported_hits) > _SHOWN:
         shown.append(f"and {len(unsupported_hits) - _SHOWN} more of the same kind")
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    have = f"the linear layers here are {leaves}" if leaves else "the model has no linear layers"
-    cure = f"choose target_modules that exist ({have}), or target_modules='all-linear'"
+    cure = _cure(faults, bool(unsupported_hits), linear)
     if unsupported_hits:
         return UnsupportedTargetError(
             f"target_modules hits {len(unsupported_hits)} module(s) that can't be adapted.",
@@ -62,6 +63,27 @@ def plan_error(
         faults=faults,
         cure=cure,
     )
+
+
+def _cure(faults: Iterable[str], hits: bool, linear: Iterable[str]) -> str:
+    """What mends it: the field that each fault begins with, or the layers that it names."""
+    fields = dict.fromkeys(re.match(r"\w*", fault)[0] for fault in faults)  # type: ignore[index]
+    named = [name for name in fields if name in _FIELDS]
+    ways = []
+    if hits or "target_modules" in named:
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
+        have = (
+            f"the linear layers here are {leaves}" if leaves else "the model has no linear layers"
+        )
+        ways.append(f"choose target_modules that exist ({have}), or target_modules='all-linear'")
+    others = [name for name in named if name != "target_modules"]
+    if others:
+        ways.append(
+            f"correct {' and '.join(others)}, or leave {'it' if len(others) == 1 else 'them'} out"
+        )
+    if len(named) < len(fields):
+        ways.append("leave layers out by exclude_modules, or change what the faults say of them")
+    return "; ".join(ways)
 
 
 def init_error(

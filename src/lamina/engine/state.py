@@ -149,7 +149,7 @@ class AdapterState:
                 faults=[
                     f"did you mean {close!r} instead of {name!r}?"
                     for name in unknown
-                    for close in nearest(name, self.configs)
+                    for close in nearest(str(name), self.configs)
                 ],
                 cure="model.load_adapter(path, adapter_name) or model.add_adapter(name, config)",
             )
@@ -157,6 +157,11 @@ class AdapterState:
 
     def check_new_name(self, name: str) -> None:
         """Refuse a name that is taken or that torch can't have as a module's name."""
+        if not isinstance(name, str):
+            raise AdapterNameError(
+                f"{name!r} can't be an adapter's name: {type(name).__name__} is no string.",
+                cure=f'use a string, such as "{name}"',
+            )
         if name in self.configs:
             raise AdapterNameError(
                 f"The model already has an adapter {name!r}.",

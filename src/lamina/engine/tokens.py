@@ -36,7 +36,8 @@ def find_tokens(
     for target, indices in asked.items():
         found = [p for p in everything if p.name and target in suffixes(p.name)]
         if not found:
-            faults.append(f"Target modules {{{target!r}}} not found in the base model.")
+            missing = f"Target modules {{{target!r}}} not found in the base model."
+            faults.append(f"trainable_token_indices: {missing}")
         for place in found:
             faults += _faults_of(place, indices, saved)
             hits[place.name] = TokenPlan(place.name, tuple(indices))
@@ -50,7 +51,7 @@ def _faults_of(place: Place, indices: Any, saved: Iterable[str]) -> list[str]:
     name, module = place.name, place.original
     if name in saved:
         what = "is already marked to be trained fully, by modules_to_save"
-        return [f"The embedding layer {what}: {name}"]
+        return [f"trainable_token_indices: The embedding layer {what}: {name}"]
     if not isinstance(module, (nn.Embedding, nn.Linear)):
         return [f"trainable_token_indices: {name} is a {type(module).__name__}, not a table"]
     rows = module.weight.shape[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def _faults_of_weights(adapters: Sequence[str], weights: Sequence[float]) -> lis
     return [
         f"the weight {weight!r} of {adapter!r} is not a finite number"
         for adapter, weight in zip(adapters, weights, strict=True)
-        if isinstance(weight, bool) or not math.isfinite(weight)
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight)
     ]
 
 

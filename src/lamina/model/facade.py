@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from lamina.engine.trainability import count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
 from lamina.model import loading, replacing, saving
 from lamina.model.adalora import tuner_for
-from lamina.model.adapted import refuse_adapted
+from lamina.model.adapted import lora_config, refuse_adapted
 from lamina.model.checkpointing import enable_checkpointing, hook_inputs, is_checkpointing
 from lamina.model.describe import trainable_summary
 from lamina.model.routing import routed
@@ -94,7 +94,7 @@ class PeftModel(nn.Module):
         self, model: nn.Module, peft_config: PeftConfig, revision: str | None = None
     ) -> LoraConfig:
         """A copy of the config with what the model and the task add to it."""
-        config = cast(LoraConfig, copy.deepcopy(peft_config))
+        config = copy.deepcopy(lora_config(peft_config))
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         config.revision = revision if revision is not None else config.revision
@@ -396,4 +396,4 @@ class PeftModel(nn.Module):
 
 
 def _names(names: str | Iterable[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]

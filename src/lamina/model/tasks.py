@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lamina.config import PeftConfig, TaskType
+from lamina.model.adapted import lora_config
 from lamina.model.facade import PeftModel
 
 
@@ -95,10 +96,11 @@ def get_peft_model(
         low_cpu_mem_usage: leave the adapter's weights on the meta device, to be loaded.
 
     Raises:
+        NoModelError, ConfigError: what was given is no model, or no config of Lamina's.
         AlreadyAdaptedError: the model has adapters; the message names the three ways on.
         TargetError: the config doesn't fit the model.
     """
-    facade = PeftModel.for_task(peft_config.task_type)(
+    facade = PeftModel.for_task(lora_config(peft_config).task_type)(
         model,
         peft_config,
         adapter_name,
