@@ -133,10 +133,10 @@ def test_a_subfolder_is_looked_into(tmp_path: Path) -> None:
 def test_an_adapter_that_cannot_be_opened_is_still_shown(tmp_path: Path) -> None:
     write_chain(tmp_path / "chat")
     file = tmp_path / "chat" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"megatron_config": {"x": 1}}))
     done = lamina("inspect", tmp_path / "chat")
     assert done.exit_code == 0
-    assert "! the config can't be honoured: use_dora=True" in done.stdout
+    assert "! the config can't be honoured: megatron_config={'x': 1}" in done.stdout
 
 
 def test_a_record_that_its_tensors_contradict_is_told(tmp_path: Path) -> None:
