@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from lamina.config import methods
@@ -174,6 +176,9 @@ class LoraConfig(PeftConfig):
                 faults=[f"{name}={getattr(self, name)!r}" for name in asked],
                 cure="leave them at their defaults; they are refused rather than ignored",
             )
+
+    # Modules that are adapted otherwise than by default: their class -> the layer's.
+    layer_kinds: ClassVar[Mapping[type, type]] = MappingProxyType({})
 
     def _build_methods(self) -> list[str]:
         """Turn the dicts that a file holds into settings; a line for each value that is wrong."""

@@ -77,5 +77,9 @@ def register(adapts: Callable[[nn.Module], bool], kind: type[LoraLayer]) -> None
 
 def layer_class(module: nn.Module, config: LoraConfig | None = None) -> type[LoraLayer] | None:
     """The class that adapts a module, by the method of `config`; None if there is none."""
+    own = config.layer_kinds if config is not None else {}
+    for base, own_kind in own.items():
+        if isinstance(module, base):
+            return own_kind
     kinds = [*_SVD_KINDS, *_KINDS] if isinstance(config, AdaLoraConfig) else _KINDS
     return next((kind for adapts, kind in kinds if adapts(module)), None)

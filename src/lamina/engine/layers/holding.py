@@ -135,6 +135,11 @@ class AdapterHolder(Switched):
             initialisation(init).begin(self, name)
         self.records[name].variant.begin(self, name)
 
+    def leave_to_be_filled(self, name: str) -> None:
+        """Put an adapter's weights on the meta device: they are about to be loaded."""
+        for leaf, parameter in self.tensors(name).items():
+            self.assign(name, leaf, parameter.detach().to("meta"))
+
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter's weights; it must not be folded in."""
         if name in self.merged_adapters:
@@ -142,7 +147,7 @@ class AdapterHolder(Switched):
                 f"The adapter {name!r} is folded into the base weights.",
                 cure="model.unmerge_adapter() first",
             )
-        del self.records[name]
+        self.records.pop(name).variant.end(self, name)
         for key, place in self._modules.items():
             holds = isinstance(place, _PLACES) and name in place
             if holds and key != "base_layer":

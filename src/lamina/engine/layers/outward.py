@@ -12,7 +12,7 @@ from lamina.config import LoraConfig
 from lamina.engine.dtypes import exact
 from lamina.engine.layers.displacing import Displacing
 from lamina.engine.layers.folding import warn_of_rounding
-from lamina.engine.layers.record import LayerAdapter, RecordView, VariantView
+from lamina.engine.layers.record import FrozenView, LayerAdapter, RecordView, VariantView
 from lamina.errors import FoldError
 
 # Places that code looks for in every layer, whether it has them or not.
@@ -83,13 +83,9 @@ class PeftNames(Displacing):
         return VariantView(self.records)
 
     @property
-    def frozen_peft_weight_names(self) -> dict[str, list[str]]:
+    def frozen_peft_weight_names(self) -> FrozenView:
         """adapter -> its places that never train, where there are any."""
-        return {
-            name: [leaf.partition(".")[0] for leaf in record.variant.frozen]
-            for name, record in self.records.items()
-            if record.variant.frozen
-        }
+        return FrozenView(self.records)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make an adapter's scaling `scale` times what its rank and alpha give."""

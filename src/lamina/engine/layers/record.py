@@ -106,6 +106,25 @@ class RecordView(MutableMapping[str, Any]):
         return repr(dict(self))
 
 
+class FrozenView(RecordView):
+    """adapter -> its places that never train, of the adapters that have some."""
+
+    def __init__(self, records: dict[str, LayerAdapter]) -> None:
+        super().__init__(records, "variant")
+
+    def __getitem__(self, name: str) -> list[str]:
+        frozen = self._records[name].variant.frozen
+        if not frozen:
+            raise KeyError(name)
+        return [leaf.partition(".")[0] for leaf in frozen]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, record in self._records.items() if record.variant.frozen)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class VariantView(RecordView):
     """adapter -> its variant, of the adapters that are more than plain LoRA."""
 

@@ -105,6 +105,9 @@ class ModulesToSaveWrapper(Switched):
     def _adapters(self) -> set[str]:
         return set(self.modules_to_save)
 
+    def _get_available_adapters(self) -> set[str]:
+        return self._adapters
+
     @property
     def weight(self) -> torch.Tensor:
         """The effective module's weight."""

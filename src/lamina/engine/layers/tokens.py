@@ -285,6 +285,13 @@ class TrainableTokensWrapper(nn.Module):
         """The table with the active adapters' rows in it."""
         return self.token_adapter.get_merged_weights(self.token_adapter.active_adapters)
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.token_adapter.records)
+
+    def _get_available_adapters(self) -> set[str]:
+        return self._adapters
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """The name of an adapter's rows on disk -> in this module, as transformers asks for it."""
         if self.token_adapter.tied_adapter is not None:

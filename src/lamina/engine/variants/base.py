@@ -105,6 +105,9 @@ class Variant:
     def begin(self, layer: Update, adapter: str) -> None:
         """Give its own parameters their first values; A and B have theirs."""
 
+    def end(self, layer: Update, adapter: str) -> None:
+        """Forget what was kept of an adapter beside its places; it is being deleted."""
+
     def add(
         self, layer: Update, adapter: str, x: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:

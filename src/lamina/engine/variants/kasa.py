@@ -54,12 +54,14 @@ class Kasa(Variant):
     @torch.no_grad()
     def begin(self, layer: Update, adapter: str) -> None:
         nn.init.normal_(_diagonal(layer, adapter))
+        held: Any = layer
+        if adapter in held.displaced:
+            return
         weight = layer.weight_view.read()
         r = layer.records[adapter].r
         left, values, right = torch.linalg.svd(
             weight.to(accumulation_dtype(weight.dtype)), full_matrices=False
         )
-        held: Any = layer
         held.take_out(adapter, right[-r:], left[:, -r:] * values[-r:])
 
     def add(

@@ -71,6 +71,9 @@ class Velora(PlainLora):
         )
         return result + held.lora_B[adapter](lifted) * layer.records[adapter].scaling
 
+    def end(self, layer: Update, adapter: str) -> None:
+        getattr(layer, _FILLED).pop(adapter, None)
+
     @torch.no_grad()
     def _learn(self, layer: Any, adapter: str, x: torch.Tensor) -> None:
         settings = _settings(layer, adapter)

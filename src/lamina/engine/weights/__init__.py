@@ -11,6 +11,7 @@ from torch import nn
 from lamina.engine.weights.base import BaseWeight
 from lamina.engine.weights.bnb import Bnb4bitWeight, Bnb8bitWeight
 from lamina.engine.weights.dense import DenseWeight
+from lamina.engine.weights.gathered import GatheredWeight
 from lamina.engine.weights.hqq import HqqWeight
 from lamina.engine.weights.opaque import OpaqueWeight
 from lamina.engine.weights.torchao import TorchaoWeight
@@ -23,6 +24,7 @@ _KINDS: list[type[BaseWeight]] = [
     Bnb8bitWeight,
     TorchaoWeight,
     HqqWeight,
+    GatheredWeight,
 ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lamina.config import AdaLoraConfig
+from lamina.engine.layers import lora_layers
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
@@ -194,6 +195,22 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
             )
 
 
+def warn_of_custom(model: nn.Module, adapter: str, config: Any) -> None:
+    """Warn of modules that are adapted only because the config says by what."""
+    own = tuple(config.layer_kinds.values())
+    for _, layer in lora_layers(model) if own else ():
+        base = layer.get_base_layer()
+        if adapter in layer.records and isinstance(layer, own) and not _is_usual(base):
+            warnings.warn(
+                f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.",
+                stacklevel=4,
+            )
+
+
+def _is_usual(base: nn.Module) -> bool:
+    return type(base).__module__.startswith(("torch.nn.modules.linear", "transformers."))
+
+
 def _warn_differences(found: Fit) -> None:
     named = found.named or set()
     more, less = sorted(found.by_config - named), sorted(named - found.by_config)
@@ -211,4 +228,4 @@ def _warn_differences(found: Fit) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-__all__ = ["Fit", "fit", "warn_misfits"]
+__all__ = ["Fit", "fit", "warn_misfits", "warn_of_custom"]

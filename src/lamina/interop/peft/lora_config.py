@@ -31,6 +31,11 @@ class LoraConfig(native.LoraConfig, PeftConfig):
         self.peft_type = PeftType.LORA
         self._warn_of_conversion()
 
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Adapt modules of these classes by these layers, unsaved."""
+        # The class has none; a config's own are no field, since files can't hold them.
+        self.__dict__["layer_kinds"] = {**self.layer_kinds, **mapping}
+
     def _wrong_types(self) -> dict[str, str]:
         return {}
 

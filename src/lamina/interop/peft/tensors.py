@@ -12,7 +12,7 @@ from torch import nn
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.engine.inject import find_state
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 from lamina.engine.names import places
 from lamina.interop.peft.embeddings import embedding_tensors
 from lamina.interop.peft.experts import fuse_tensors
@@ -164,39 +164,34 @@ def _mapped(key: str, mapping: dict[str, str]) -> str:
 def _base_names(model: Any) -> dict[str, str]:
     """The base's own name of each of its tensors -> its name in the adapted model."""
     inner = model.get_base_model()
+    wraps: dict[str, str] = {}
     found: dict[str, str] = {}
     for place in places(inner):
-        wrapped = ""
-        if isinstance(place.module, LoraLayer):
-            wrapped = "base_layer."
-        elif isinstance(place.module, ModulesToSaveWrapper):
-            wrapped = "original_module."
+        wraps[place.name] = _inside(place.module)
         own = {*place.original._parameters, *place.original._buffers}
         own -= place.original._non_persistent_buffers_set
         for leaf in own:
             if getattr(place.original, leaf, None) is not None:
-                dotted = f"{place.name}." if place.name else ""
-                found[dotted + leaf] = dotted + wrapped + leaf
+                name = f"{place.name}.{leaf}" if place.name else leaf
+                found[name] = _through(name, wraps)
     return found
+
+
+def _inside(module: Any) -> str:
+    """The way from what is at a place now to what was there before, dotted."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return "original_module."
+    if isinstance(module, TrainableTokensWrapper):
+        return f"token_adapter.{_inside(module.token_adapter)}"
+    return f"base_layer.{_inside(module.base_layer)}" if isinstance(module, LoraLayer) else ""
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """The base model's tensors by the names that they have without adapters."""
     inner = model.get_base_model()
     values = inner.state_dict()
-    back = {there: own for own, there in _deep(inner, _base_names(model)).items()}
+    back = {there: own for own, there in _base_names(model).items()}
     return {back[key]: value for key, value in values.items() if key in back}
-
-
-def _deep(inner: nn.Module, names: dict[str, str]) -> dict[str, str]:
-    """Names below wrapped modules too: each wrapped ancestor adds its part."""
-    wraps = {}
-    for place in places(inner):
-        if isinstance(place.module, LoraLayer):
-            wraps[place.name] = "base_layer"
-        elif isinstance(place.module, ModulesToSaveWrapper):
-            wraps[place.name] = "original_module"
-    return {own: _through(own, wraps) for own in names}
 
 
 def _through(name: str, wraps: dict[str, str]) -> str:
@@ -204,8 +199,7 @@ def _through(name: str, wraps: dict[str, str]) -> str:
     for part in name.split("."):
         parts.append(part)
         path = f"{path}.{part}" if path else part
-        if path in wraps:
-            parts.append(wraps[path])
+        parts += filter(None, wraps.get(path, "").split("."))
     return ".".join(parts)
 
 
@@ -218,7 +212,7 @@ def set_base_model_state_dict(
         RuntimeError: with `strict`, some are missing or have no place.
     """
     inner = model.get_base_model()
-    names = _deep(inner, _base_names(model))
+    names = _base_names(model)
     missing = [name for name in names if name not in state_dict]
     unexpected = [name for name in state_dict if name not in names]
     if strict and (missing or unexpected):

@@ -235,12 +235,11 @@ TREE: dict[str, dict[str, str]] = {
     "peft.tuners.lora.layer": {
         **_at(
             _LAYERS,
-            "LoraLayer Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper "
-            "LoraVariant",
+            "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper LoraVariant",
         ),
         **_at(
             f"{_OWN}.layers",
-            "_ConvNd=ConvNd _LoraFactorsProxy _LoraParameterProxy dispatch_default",
+            "LoraLayer _ConvNd=ConvNd _LoraFactorsProxy _LoraParameterProxy dispatch_default",
         ),
         **_at("peft.tuners.tuners_utils", "BaseTunerLayer"),
     },
@@ -269,9 +268,7 @@ TREE: dict[str, dict[str, str]] = {
     ),
     "peft.utils.incremental_pca": _at("lamina.engine.preparing.pca", "IncrementalPCA"),
     "peft.utils.integrations": _at(f"{_OWN}.integrations", _INTEGRATIONS),
-    "peft.utils.loftq_utils": _at(
-        f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq"
-    ),
+    "peft.utils.loftq_utils": _at(f"{_OWN}.loftq", "loftq_init replace_lora_weights_loftq"),
     "peft.utils.merge_utils": _at(
         f"{_OWN}.merging",
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning "

@@ -17,7 +17,7 @@ from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
 from lamina.interop.peft import constants, folding, switching, ties
 from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
-from lamina.interop.peft.fitting import fit, warn_misfits
+from lamina.interop.peft.fitting import fit, warn_misfits, warn_of_custom
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
@@ -158,6 +158,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         known = set(self.targeted_parameter_names)
         self.targeted_parameter_names += [name for name in parameters if name not in known]
         warn_misfits(misfits, here)
+        warn_of_custom(model, adapter_name, config)
         ties.warn_of_ties(model, config)
 
     def _get_kasa_loss(self, adapter_names: Any = None) -> Any:

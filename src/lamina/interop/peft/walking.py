@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lamina.engine.layers import LoraLayer
+from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
 
 Value = TypeVar("Value")
 
@@ -20,8 +20,12 @@ def get_tuner_state_dict_key_prefixes(
 ) -> set[str]:
     """Where the tensors of adapters (None: of all) lie, by the beginnings of their names."""
     found: set[str] = set()
+    apart: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            # These tell their tensors by themselves.
+            apart.append(f"{path}.")
+        if not isinstance(module, LoraLayer) or path.startswith(tuple(apart)):
             continue
         for name, child in module.named_children():
             whole = f"{path}.{name}" if path else name
