@@ -342,9 +342,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can turn an adapter into plain LoRA."""
-        from lamina.model.conversion import supports_lora_conversion
-
-        return supports_lora_conversion(self.get_base_model(), adapter_name)
+        return self.base_model.supports_lora_conversion(adapter_name)
 
     @classmethod
     def for_task(cls, task: str | None) -> type[Any]:
