@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lamina.interop.peft import uninstall
 from tests.docs.snippets import run, same_output, skeleton, snippets
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,11 @@ def test_snippets_run_and_print_what_the_document_says(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed = run(document)
+    try:
+        printed = run(document)
+    finally:
+        # Where a document puts Lamina in the place of peft and fails before it takes it away.
+        uninstall()
     wrong = [
         f"{document.name}:{snippet.line} prints\n{output}\nand not\n{snippet.output}"
         for snippet, output in zip(snippets(document), printed, strict=True)

@@ -6,6 +6,7 @@ What runs by default is a part; `make ecosystem` runs all, without peft and besi
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_losses_are_those_of_the_real_peft(trainer: str, tmp_path: Path) -> None
     files = {side: tmp_path / f"{side}.json" for side in ("peft", "lamina")}
     for side, file in files.items():
         run("losses.py", side, trainer, str(file))
-    theirs, ours = (eval(file.read_text()) for file in files.values())
+    theirs, ours = (json.loads(file.read_text()) for file in files.values())
     assert len(ours) == len(theirs) >= 4
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert len(set(theirs)) == len(theirs)
