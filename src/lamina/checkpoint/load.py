@@ -12,7 +12,7 @@ from lamina.checkpoint.keys import Slot, disk_names, is_double, map_keys, parts,
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.ranks import misfits
 from lamina.checkpoint.report import LoadReport, mismatch_error
-from lamina.engine.layers import LoraLayer
+from lamina.engine.names import way_in
 from lamina.engine.state import AdapterState
 from lamina.errors import CheckpointError, KeyMismatchError
 
@@ -156,7 +156,7 @@ def _base_tensors(
         return {}
     found = {}
     for place, on_disk in disk_names(model):
-        inner = "base_layer." if isinstance(place.module, LoraLayer) else ""
+        inner = way_in(place.module)
         for leaf, parameter in place.original.named_parameters(recurse=False):
             key = f"{on_disk}.{inner}{leaf}"
             if key in given and key not in wanted and given[key].shape == parameter.shape:

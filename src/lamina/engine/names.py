@@ -62,6 +62,15 @@ def unadapted(module: nn.Module) -> nn.Module:
     return module
 
 
+def way_in(module: nn.Module) -> str:
+    """The dotted way from an adapted layer, or a saved module, to what was there before."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return "original_module."
+    if isinstance(module, TrainableTokensWrapper):
+        return f"token_adapter.{way_in(module.token_adapter)}"
+    return f"base_layer.{way_in(module.base_layer)}" if isinstance(module, LoraLayer) else ""
+
+
 def places(model: nn.Module) -> Iterator[Place]:
     """All places of a model in the order of `named_modules`, never inside an adapter.
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
-from lamina.engine.names import places
+from lamina.engine.layers import ModulesToSaveWrapper
+from lamina.engine.names import places, way_in
 from lamina.interop.peft.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from lamina.interop.peft.parts import check_file_exists_on_hf_hub, match_target_against_key
 
@@ -95,14 +95,7 @@ def _tensors(model: Any, targeted: bool) -> Iterator[tuple[str, torch.Tensor]]:
         # What an adapter trains whole, it has all of.
         if isinstance(place.module, ModulesToSaveWrapper):
             continue
-        inner = _inside(place.module)
+        inner = way_in(place.module)
         if inner or not targeted:
             for leaf, tensor in place.original.state_dict(keep_vars=True).items():
                 yield f"{prefix}{place.name}.{inner}{leaf}", tensor
-
-
-def _inside(module: Any) -> str:
-    if isinstance(module, LoraLayer):
-        return "base_layer."
-    wrapper = getattr(module, "token_adapter", None)
-    return "" if wrapper is None else f"token_adapter.base_layer.{_inside(wrapper.base_layer)}"

@@ -11,6 +11,7 @@ from lamina.config import checks
 from lamina.config.lora import METHODS
 from lamina.errors import ConfigError
 from lamina.interop.peft.config import PeftConfig
+from lamina.interop.peft.kinds import STANDING
 from lamina.interop.peft.types import PeftType
 
 _DATA_DRIVEN = ("olora", "corda", "lora_ga")
@@ -21,6 +22,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
     """Lamina's `LoraConfig`, as lenient as peft's."""
 
     stands_for: ClassVar[Any] = native.LoraConfig
+    instead: ClassVar[Any] = STANDING
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -32,7 +34,7 @@ class LoraConfig(native.LoraConfig, PeftConfig):
         self._warn_of_conversion()
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
-        """Adapt modules of these classes by these layers, unsaved."""
+        """Adapt modules of these classes by these layers; it isn't saved."""
         # The class has none; a config's own are no field, since files can't hold them.
         self.__dict__["layer_kinds"] = {**self.layer_kinds, **mapping}
 

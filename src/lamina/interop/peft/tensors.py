@@ -12,8 +12,7 @@ from torch import nn
 from lamina.checkpoint.load import fill_adapter
 from lamina.checkpoint.report import LoadReport
 from lamina.engine.inject import find_state
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
-from lamina.engine.names import places
+from lamina.engine.names import places, way_in
 from lamina.interop.peft.embeddings import embedding_tensors
 from lamina.interop.peft.experts import fuse_tensors
 from lamina.interop.peft.types import PeftWarning
@@ -167,7 +166,7 @@ def _base_names(model: Any) -> dict[str, str]:
     wraps: dict[str, str] = {}
     found: dict[str, str] = {}
     for place in places(inner):
-        wraps[place.name] = _inside(place.module)
+        wraps[place.name] = way_in(place.module)
         own = {*place.original._parameters, *place.original._buffers}
         own -= place.original._non_persistent_buffers_set
         for leaf in own:
@@ -175,15 +174,6 @@ def _base_names(model: Any) -> dict[str, str]:
                 name = f"{place.name}.{leaf}" if place.name else leaf
                 found[name] = _through(name, wraps)
     return found
-
-
-def _inside(module: Any) -> str:
-    """The way from what is at a place now to what was there before, dotted."""
-    if isinstance(module, ModulesToSaveWrapper):
-        return "original_module."
-    if isinstance(module, TrainableTokensWrapper):
-        return f"token_adapter.{_inside(module.token_adapter)}"
-    return f"base_layer.{_inside(module.base_layer)}" if isinstance(module, LoraLayer) else ""
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
