@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lamina.engine.bypassed import why_bypassed
 from lamina.engine.layers import is_linear
 from lamina.engine.names import Place, unadapted, within
 
@@ -27,6 +28,7 @@ def linear_names(
         and is_linear(place.original)
         and not any(within(place.name, head) for head in heads)
         and place.name.rpartition(".")[0] not in attention
+        and why_bypassed(model, place.name) is None
     ]
 
 

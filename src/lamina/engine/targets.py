@@ -11,6 +11,7 @@ from torch import nn
 
 from lamina.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
 from lamina.config.patterns import matching
+from lamina.engine.bypassed import why_bypassed
 from lamina.engine.conflicts import conflicts
 from lamina.engine.faults import init_error, plan_error, silent_patterns, unsupported
 from lamina.engine.init import initialisation
@@ -144,7 +145,7 @@ class _Finder:
     """One search: patterns in, hits and faults collected."""
 
     def __init__(self, config: LoraConfig, everything: list[Place], model: nn.Module) -> None:
-        self.config = config
+        self.config, self.model = config, model
         self.everything = everything
         self.names = [place.name for place in everything if place.name]
         self.counts: Counter[str] = Counter()
@@ -299,12 +300,12 @@ class _Finder:
         if others and isinstance(now, SvdLayer) != issubclass(kind, SvdLayer):
             self.other_faults.append(f"{place.name} can't have LoRA and AdaLoRA adapters both")
         self._check_beginning(place, kind, record)
-        reason = kind.why_not(place.original)
-        if reason:
-            self.other_faults.append(f"{place.name}: {reason}")
-        reason = record.variant.why_not(kind.kind, place.original, self.config, place.name)
-        if reason:
-            self.other_faults.append(f"{place.name}: {reason}")
+        reasons = (
+            kind.why_not(place.original),
+            record.variant.why_not(kind.kind, place.original, self.config, place.name),
+            why_bypassed(self.model, place.name),
+        )
+        self.other_faults += [f"{place.name}: {reason}" for reason in reasons if reason]
         if kind.kind in _WITHOUT_BIAS and self.config.lora_bias:
             what = _WITHOUT_BIAS[kind.kind]
             self.other_faults.append(
