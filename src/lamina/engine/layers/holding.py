@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,6 +70,14 @@ class AdapterHolder(Switched):
     @abstractmethod
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling * B @ A`, shaped like the base's weight, summed in at least fp32."""
+
+    @abstractmethod
+    def unfolded_weight(self) -> torch.Tensor:
+        """The base's dense values without the adapters that are folded in; don't write."""
+
+    @abstractmethod
+    def displace(self, adapter: str, becomes: torch.Tensor | None = None) -> None:
+        """Take an adapter's update out of the base's weight, or set the weight to `becomes`."""
 
     def dropped(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         """`x` as the adapter's A takes it: in its dtype, entries dropped while training."""
@@ -168,8 +176,8 @@ class AdapterHolder(Switched):
 
     def _parameter(self, place: str, name: str) -> nn.Parameter:
         held: Any = getattr(self, place)[name]
-        parameter: nn.Parameter = held if isinstance(held, torch.Tensor) else held.weight
-        return parameter
+        parameter: Any = held if isinstance(held, torch.Tensor) else held.weight
+        return cast(nn.Parameter, parameter)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by their names on disk, e.g. `lora_A.weight`."""

@@ -34,7 +34,8 @@ def reconstruct(
     compressed: torch.Tensor, direction: torch.Tensor, features: int, scale: float
 ) -> torch.Tensor:
     """What is known of the input again: (tokens, features), times `scale`."""
-    return (compressed.unsqueeze(-1) * direction).flatten(1)[:, :features] * scale
+    groups = compressed.unsqueeze(-1) * direction
+    return groups.flatten(1)[:, :features] * scale
 
 
 def normalised(direction: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,8 @@ def normalised(direction: torch.Tensor) -> torch.Tensor:
     if length == 0:
         direction = torch.ones_like(direction)
         length = torch.linalg.vector_norm(direction)
-    return direction / length
+    unit: torch.Tensor = direction / length
+    return unit
 
 
 class VeloraFunction(torch.autograd.Function):

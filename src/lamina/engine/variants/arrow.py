@@ -55,7 +55,7 @@ class Arrow(Variant):
         weights_TE = router(x_TI, experts)
         scalings = [layer.records[expert.name].scaling for expert in experts]
         scaled_TE = weights_TE * torch.tensor(scalings).to(weights_TE)
-        update_TO = layer.lora_dropout[adapter](_mixed(x_TI, scaled_TE, experts))
+        update_TO: torch.Tensor = layer.lora_dropout[adapter](_mixed(x_TI, scaled_TE, experts))
         return result + update_TO.view(*x.shape[:-1], -1)
 
     def why_not_foldable(self, layer: Update, adapter: str) -> str | None:
@@ -139,7 +139,7 @@ class Router(nn.Module):
             a, b = A_RI.float(), B_OR.float()
             gram_RR = b.T @ b
             generator = torch.Generator(device=a.device).manual_seed(int(self.rng_seed))
-            v = torch.randn(a.shape[1], device=a.device, generator=generator)
+            v: torch.Tensor = torch.randn(a.shape[1], device=a.device, generator=generator)
             v = v / (v.norm() + eps)
             for _ in range(iters):
                 w = a.T @ (gram_RR @ (a @ v))

@@ -58,11 +58,13 @@ class BlockDiagonalLinear(nn.Module):
         """Each block of the output from its block of the input."""
         blocks = x.unflatten(-1, (self.nblocks, -1)).unsqueeze(-2)
         weight_NOI = self.weight.unflatten(0, (self.nblocks, -1))
-        return (blocks @ weight_NOI.transpose(-1, -2)).squeeze(-2).flatten(-2)
+        output: torch.Tensor = blocks @ weight_NOI.transpose(-1, -2)
+        return output.squeeze(-2).flatten(-2)
 
     def weight_as_blockdiagonal_matrix(self) -> torch.Tensor:
         """The whole weight, out x in, with zeros between the blocks."""
-        return torch.block_diag(*self.weight.chunk(self.nblocks))
+        whole: torch.Tensor = torch.block_diag(*self.weight.chunk(self.nblocks))
+        return whole
 
 
 class BdLora(Variant):
@@ -79,7 +81,7 @@ class BdLora(Variant):
         if side is None:
             return None
         r, nblocks = numbers(config, target)[0], config.use_bdlora.nblocks
-        features = base.in_features if side == "A" else base.out_features
+        features: Any = base.in_features if side == "A" else base.out_features
         if r % nblocks or int(features) % nblocks:
             return f"r={r} or its {features} features are not divisible by nblocks={nblocks}"
         if config.lora_bias and side == "B":
@@ -110,7 +112,8 @@ class BdLora(Variant):
         self, layer: Update, adapter: str, x: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
         low = _part(layer, "lora_A", adapter)(layer.dropped(adapter, x))
-        return result + _part(layer, "lora_B", adapter)(low) * layer.records[adapter].scaling
+        update: torch.Tensor = _part(layer, "lora_B", adapter)(low) * layer.records[adapter].scaling
+        return result + update
 
     def delta(self, layer: Update, adapter: str) -> torch.Tensor:
         a, b = (_whole(_part(layer, place, adapter)) for place in ("lora_A", "lora_B"))

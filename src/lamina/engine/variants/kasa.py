@@ -69,13 +69,15 @@ class Kasa(Variant):
     ) -> torch.Tensor:
         held: Any = layer
         low = held.lora_A[adapter](layer.dropped(adapter, x)) * _diagonal(layer, adapter)
-        return result + held.lora_B[adapter](low) * layer.records[adapter].scaling
+        update: torch.Tensor = held.lora_B[adapter](low) * layer.records[adapter].scaling
+        return result + update
 
     def delta(self, layer: Update, adapter: str) -> torch.Tensor:
         a, b = layer.factors(adapter)
         dtype = accumulation_dtype(a.dtype)
         scaled = b.to(dtype) * _diagonal(layer, adapter).to(dtype)
-        return (scaled @ a.to(dtype)) * layer.records[adapter].scaling
+        dense: torch.Tensor = (scaled @ a.to(dtype)) * layer.records[adapter].scaling
+        return dense
 
 
 def kasa_penalty(layer: Any, adapter: str) -> torch.Tensor:

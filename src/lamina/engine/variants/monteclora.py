@@ -171,7 +171,8 @@ class Monteclora(PlainLora):
         # The weights sum to 1, so that A itself is in the mean once.
         A_RI = A_RI + torch.einsum("n,nir->ri", weights, deviations).to(A_RI.dtype)
         low = F.linear(layer.dropped(adapter, x), A_RI)
-        return result + held.lora_B[adapter](low) * layer.records[adapter].scaling
+        update: torch.Tensor = held.lora_B[adapter](low) * layer.records[adapter].scaling
+        return result + update
 
 
 def monteclora_penalty(layer: Any, adapter: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lamina.engine.variants.base import Update, Variant
@@ -12,7 +14,7 @@ class PlainLora(Variant):
 
     is_plain = True
     is_sum = True
-    kinds = ("linear", "embedding", "conv", "experts", "attention")
+    kinds: Sequence[str] = ("linear", "embedding", "conv", "experts", "attention")
 
     def add(
         self, layer: Update, adapter: str, x: torch.Tensor, result: torch.Tensor

@@ -53,5 +53,5 @@ class QALora(Variant):
         size = record.config.qalora_group_size
         dtype = accumulation_dtype(A_RG.dtype)
         A_RI = (A_RG.to(dtype) * (A_RG.shape[1] / size)).repeat_interleave(size, dim=1)
-        dense = (B_OR.to(dtype) @ A_RI) * record.scaling
+        dense: torch.Tensor = (B_OR.to(dtype) @ A_RI) * record.scaling
         return dense.T if getattr(layer, "fan_in_fan_out", False) else dense

@@ -61,7 +61,8 @@ class Velora(PlainLora):
         settings = _settings(layer, adapter)
         dropped = layer.dropped(adapter, x)
         self._learn(held, adapter, dropped)
-        lifted = VeloraFunction.apply(
+        product: Any = VeloraFunction.apply
+        lifted = product(
             dropped,
             layer.factors(adapter)[0],
             None,
@@ -69,7 +70,8 @@ class Velora(PlainLora):
             settings.num_groups,
             settings.scale,
         )
-        return result + held.lora_B[adapter](lifted) * layer.records[adapter].scaling
+        update: torch.Tensor = held.lora_B[adapter](lifted) * layer.records[adapter].scaling
+        return result + update
 
     def end(self, layer: Update, adapter: str) -> None:
         getattr(layer, _FILLED).pop(adapter, None)
