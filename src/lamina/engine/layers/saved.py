@@ -21,6 +21,8 @@ class ModulesToSaveWrapper(Switched):
     The forward takes the copy of the last contributing adapter that has one, else the original.
     """
 
+    adapter_layer_names = ("modules_to_save",)
+
     def __init__(self, module_to_save: nn.Module, state: AdapterState) -> None:
         super().__init__(state)
         self.original_module = module_to_save

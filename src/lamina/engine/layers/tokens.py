@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,28 @@ from torch.nn import functional as F
 
 from lamina.engine.dtypes import accumulation_dtype, adapter_dtype, to_adapter_input
 from lamina.engine.layers.base import LayerAdapter, LoraLayer
+from lamina.engine.layers.linear import linear_shape
 from lamina.engine.state import AdapterState
 from lamina.engine.weights import BaseWeight, weight_of
 from lamina.errors import ConfigError
 
 
-class OwnRows(dict[str, torch.Tensor]):
-    """Rows by adapter, read as items or as attributes, as those of a torch module are."""
+class OwnRows(Mapping[str, torch.Tensor]):
+    """adapter -> a table's own rows, read as items or as attributes, as a torch module's are."""
+
+    def __init__(self, layer: TrainableTokensLayer) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._layer.records:
+            raise KeyError(name)
+        return self._layer.original_rows(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.records)
+
+    def __len__(self) -> int:
+        return len(self._layer.records)
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in self:
@@ -48,6 +63,7 @@ class TrainableTokensLayer(LoraLayer):
         tied_adapter: TrainableTokensLayer | None = None,
     ) -> None:
         super().__init__(base_layer, state)
+        self.in_features, self.out_features = _shape(self.get_base_layer())
         # In a list, so that it isn't a child.
         self._tied_adapter = [tied_adapter] if tied_adapter is not None else []
         self.token_indices: dict[str, list[int]] = {}
@@ -144,7 +160,7 @@ class TrainableTokensLayer(LoraLayer):
     @property
     def trainable_tokens_original(self) -> OwnRows:
         """adapter -> the table's own rows."""
-        return OwnRows({name: self.original_rows(name) for name in self.records})
+        return OwnRows(self)
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -255,6 +271,13 @@ class TrainableTokensLayer(LoraLayer):
         return weight
 
 
+def _shape(base: Any) -> tuple[int, int]:
+    """(in features, out features), for an embedding (rows, their length)."""
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    return linear_shape(base)
+
+
 class TrainableTokensWrapper(nn.Module):
     """What stands in an embedding's place, beside low-rank updates: `token_adapter` does the work.
 
@@ -284,6 +307,12 @@ class TrainableTokensWrapper(nn.Module):
     def weight(self) -> torch.Tensor:
         """The table with the active adapters' rows in it."""
         return self.token_adapter.get_merged_weights(self.token_adapter.active_adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have rows here."""
+        inner = self.token_adapter
+        return [name for name in inner.active_names if name in inner.records]
 
     @property
     def _adapters(self) -> set[str]:

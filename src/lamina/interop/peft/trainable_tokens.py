@@ -79,6 +79,7 @@ class TrainableTokensModel(LoraModel):
             target_modules=[],
             trainable_token_indices=dict.fromkeys(_tables(model, config), config.token_indices),
             init_lora_weights=config.init_weights,
+            bias="all" if config.bias == "all" else "none",
             inference_mode=config.inference_mode,
         )
         with ties.told_shortly():
