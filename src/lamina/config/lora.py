@@ -179,6 +179,8 @@ class LoraConfig(PeftConfig):
 
     # Modules that are adapted otherwise than by default: their class -> the layer's.
     layer_kinds: ClassVar[Mapping[type, type]] = MappingProxyType({})
+    # The engine's layers -> their subclasses that are to be taken instead.
+    instead: ClassVar[Mapping[type, type]] = MappingProxyType({})
 
     def _build_methods(self) -> list[str]:
         """Turn the dicts that a file holds into settings; a line for each value that is wrong."""

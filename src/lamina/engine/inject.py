@@ -72,7 +72,7 @@ def inject(
     for layer_plan in plan.layers:
         place = by_name[layer_plan.name]
         record = layer_plan.record
-        layer = _layer_for(layer_plan, place, occupied[id(place.original)], state)
+        layer = _layer_for(layer_plan, place, occupied[id(place.original)], state, name)
         if layer_plan.tied_to is not None:
             tie(layer, name, record, _layer_at(by_name[layer_plan.tied_to]))
             continue
@@ -95,7 +95,9 @@ def inject(
     return plan
 
 
-def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: AdapterState) -> LoraLayer:
+def _layer_for(
+    plan: LayerPlan, place: Place, spots: list[Place], state: AdapterState, name: str
+) -> LoraLayer:
     """The layer that takes up an adapter; it is put into the model if it isn't there yet."""
     if plan.parameter is not None:
         outermost, wrapper = wrapped(_now(place), plan.parameter, state)
@@ -103,21 +105,21 @@ def _layer_for(plan: LayerPlan, place: Place, spots: list[Place], state: Adapter
         return wrapper
     now = place.module
     if isinstance(now, (TrainableTokensLayer, TrainableTokensWrapper)):
-        return _inside(now, plan, state)
+        return _inside(now, plan, state, name)
     # One that no adapter is left in may be of another method's kind.
     if isinstance(now, LoraLayer) and (now.records or isinstance(now, plan.kind)):
         return now
-    layer = plan.kind(place.original, state)
+    layer = plan.kind.made_for(place.original, state, name, plan.record)
     _put(spots, layer)
     return layer
 
 
-def _inside(outer: nn.Module, plan: LayerPlan, state: AdapterState) -> LoraLayer:
+def _inside(outer: nn.Module, plan: LayerPlan, state: AdapterState, name: str) -> LoraLayer:
     """The layer inside what replaces rows of the same table."""
     holder = outer.token_adapter if isinstance(outer, TrainableTokensWrapper) else outer
     assert isinstance(holder, TrainableTokensLayer)
     if not isinstance(holder.base_layer, LoraLayer):
-        holder.base_layer = plan.kind(holder.base_layer, state)
+        holder.base_layer = plan.kind.made_for(holder.base_layer, state, name, plan.record)
     layer: LoraLayer = holder.base_layer
     return layer
 

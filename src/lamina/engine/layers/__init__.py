@@ -82,4 +82,5 @@ def layer_class(module: nn.Module, config: LoraConfig | None = None) -> type[Lor
         if isinstance(module, base):
             return own_kind
     kinds = [*_SVD_KINDS, *_KINDS] if isinstance(config, AdaLoraConfig) else _KINDS
-    return next((kind for adapts, kind in kinds if adapts(module)), None)
+    usual = next((kind for adapts, kind in kinds if adapts(module)), None)
+    return usual if usual is None or config is None else config.instead.get(usual, usual)

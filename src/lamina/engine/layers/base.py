@@ -14,6 +14,7 @@ from torch import nn
 from lamina.engine.layers.mixing import ASIDE, add_by_rows, routing_of
 from lamina.engine.layers.outward import PeftNames
 from lamina.engine.layers.record import LayerAdapter, RecordView
+from lamina.engine.state import AdapterState
 
 __all__ = ["LayerAdapter", "LoraLayer", "RecordView"]
 
@@ -30,6 +31,13 @@ class LoraLayer(PeftNames):
     def why_not(cls, base_layer: nn.Module) -> str | None:
         """None if this kind can adapt a module that it is registered for, else the reason."""
         return None
+
+    @classmethod
+    def made_for(
+        cls, base_layer: nn.Module, state: AdapterState, name: str, record: LayerAdapter
+    ) -> LoraLayer:
+        """A layer around a module of a model, for an adapter that is about to be added to it."""
+        return cls(base_layer, state)
 
     @property
     def tied(self) -> dict[str, LoraLayer]:

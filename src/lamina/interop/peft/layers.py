@@ -6,20 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lamina.engine import layers as native
 from lamina.engine.layers import Linear
-from lamina.engine.layers.conv import _ConvNd as ConvNd
 from lamina.engine.weights import weight_of
-from lamina.interop.peft.standing import StandsFor
-
-__all__ = ["ConvNd"]
-
-
-class LoraLayer(metaclass=StandsFor):
-    """Every layer with factors is an instance of this; those that replace rows are none."""
-
-    stands_for: Any = native.LoraLayer
-    stands_not_for: Any = native.TrainableTokensLayer
 
 
 class _Over(type):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from lamina.interop.peft.methods import METHODS
 
 _OWN = "lamina.interop.peft"
-_LAYERS = "lamina.engine.layers"
 _CONFIGS = "lamina.config"
 
 
@@ -234,13 +233,12 @@ TREE: dict[str, dict[str, str]] = {
     ),
     "peft.tuners.lora.layer": {
         **_at(
-            _LAYERS,
-            "Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention ParamWrapper LoraVariant",
+            f"{_OWN}.kinds",
+            "LoraLayer Linear Embedding Conv1d Conv2d Conv3d _ConvNd MultiheadAttention "
+            "ParamWrapper dispatch_default",
         ),
-        **_at(
-            f"{_OWN}.layers",
-            "LoraLayer _ConvNd=ConvNd _LoraFactorsProxy _LoraParameterProxy dispatch_default",
-        ),
+        **_at(f"{_OWN}.layer_variants", "LoraVariant"),
+        **_at(f"{_OWN}.factors_proxy", "_LoraFactorsProxy _LoraParameterProxy"),
         **_at("peft.tuners.tuners_utils", "BaseTunerLayer"),
     },
     "peft.tuners.lora.model": {

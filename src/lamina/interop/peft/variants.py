@@ -12,83 +12,96 @@ from lamina.engine import variants as native
 from lamina.engine.routing import BASE
 from lamina.engine.variants.alora import invocation_offsets
 from lamina.engine.variants.bdlora import BlockDiagonalLinear
+from lamina.engine.variants.mica import MicaLora
 from lamina.errors import RoutingError
-from lamina.interop.peft.standing import StandsFor
+from lamina.interop.peft.layer_variants import NamedVariant
 from lamina.model.routing import warn_unfound
 
 __all__ = ["BlockDiagonalLinear"]
 
 
-class DoraLinearVariant(metaclass=StandsFor):
+class DoraLinearVariant(NamedVariant):
     """DoRA; in Lamina one object serves all kinds of layers."""
 
     stands_for = native.Dora
 
 
-class DoraEmbeddingVariant(metaclass=StandsFor):
+class DoraEmbeddingVariant(NamedVariant):
     """DoRA of an embedding."""
 
     stands_for = native.Dora
 
 
-class DoraConv1dVariant(metaclass=StandsFor):
+class DoraConv1dVariant(NamedVariant):
     """DoRA of a convolution."""
 
     stands_for = native.Dora
 
 
-class DoraConv2dVariant(metaclass=StandsFor):
+class DoraConv2dVariant(NamedVariant):
     """DoRA of a convolution."""
 
     stands_for = native.Dora
 
 
-class DoraConv3dVariant(metaclass=StandsFor):
+class DoraConv3dVariant(NamedVariant):
     """DoRA of a convolution."""
 
     stands_for = native.Dora
 
 
-class ArrowLinearVariant(metaclass=StandsFor):
+class ArrowLinearVariant(NamedVariant):
     """Arrow."""
 
     stands_for = native.Arrow
 
 
-class ALoraLinearVariant(metaclass=StandsFor):
+class ALoraLinearVariant(NamedVariant):
     """aLoRA."""
 
     stands_for = native.ALora
 
 
-class KasaLinearVariant(metaclass=StandsFor):
+class KasaLinearVariant(NamedVariant):
     """KaSA."""
 
     stands_for = native.Kasa
 
 
-class VeloraLinearVariant(metaclass=StandsFor):
+class VeloraLinearVariant(NamedVariant):
     """VeLoRA."""
 
     stands_for = native.Velora
 
 
-class BdLoraLinearVariant(metaclass=StandsFor):
+class BdLoraLinearVariant(NamedVariant):
     """BD-LoRA."""
 
     stands_for = native.BdLora
 
 
-class MontecloraLinearVariant(metaclass=StandsFor):
+class MontecloraLinearVariant(NamedVariant):
     """MonteCLoRA."""
 
     stands_for = native.Monteclora
 
 
-class QALoraLinearVariant(metaclass=StandsFor):
+class QALoraLinearVariant(NamedVariant):
     """QA-LoRA."""
 
     stands_for = native.QALora
+
+
+class MiCALinearVariant(NamedVariant):
+    """MiCA."""
+
+    stands_for = MicaLora
+
+
+class MiCAEmbeddingVariant(NamedVariant):
+    """MiCA of an embedding."""
+
+    stands_for = MicaLora
 
 
 def calculate_alora_offsets(
