@@ -48,7 +48,10 @@ def main() -> int:
     prepare(how, os.path.splitext(os.path.basename(file))[0])
     import pytest
 
-    return int(pytest.main([file, "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]))
+    # What `late` imports, pytest would have liked to see before.
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    switched_off = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    return int(pytest.main([file, *switched_off, *quiet, *arguments]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The losses of one run of a trainer, on one of two sides.
 
-    python tests/ecosystem/losses.py peft|lamina trainer|sft|dpo OUTPUT.json
+python tests/ecosystem/losses.py peft|lamina trainer|sft|dpo OUTPUT.json
 """
 
 from __future__ import annotations

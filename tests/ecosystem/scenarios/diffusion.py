@@ -223,6 +223,9 @@ def test_switching_off_on_and_deleting() -> None:
     close(denoised(pipe.unet), denoised(reference(pipe.unet, lambda *_: 1)))
     pipe.delete_adapters(["one"])
     close(image(pipe), image(plain))
+    pipe.unet.add_adapter(unet_config(), adapter_name="two")
+    assert pipe.unet.active_adapters() == ["two"]
+    assert not torch.allclose(denoised(pipe.unet), denoised(plain.unet), atol=1e-4)
 
 
 def saved(pipe: Any, folder: Path, name: str = "one", **more: Any) -> dict[str, Tensor]:

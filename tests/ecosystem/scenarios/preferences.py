@@ -76,9 +76,8 @@ def test_a_frozen_copy_is_the_reference_of_an_adapted_model(
     for name, tensor in before.items():
         assert torch.equal(tensors(model, "ref")[name.replace(".default.", ".ref.")], tensor)
         assert not torch.equal(tensors(model, "default")[name], tensor)
-    for directory, adapter in ((tmp_path / "checkpoint-4", "default"), (tmp_path, "ref")):
-        if adapter == "ref":
-            directory = tmp_path / "checkpoint-4" / "ref"
+    checkpoint = tmp_path / "checkpoint-4"
+    for directory, adapter in ((checkpoint, "default"), (checkpoint / "ref", "ref")):
         again = peft.PeftModel.from_pretrained(models.tiny_llama(), directory)
         model.set_adapter(adapter)
         torch.testing.assert_close(answer(again), answer(model))

@@ -98,7 +98,7 @@ def test_its_trainer_trains_the_adapter_which_is_saved_and_loaded(
         model=model,
         args=arguments,
         train_dataset=texts.rows(
-            anchor=lambda row: texts.sentence(row), positive=lambda row: texts.sentence(row + 1)
+            anchor=texts.sentence, positive=lambda row: texts.sentence(row + 1)
         ),
         loss=losses.MultipleNegativesRankingLoss(model),
     )

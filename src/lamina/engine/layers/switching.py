@@ -54,9 +54,8 @@ class Switched(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter; a list if there are several."""
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
+        """The active adapters: of a layer, unlike of a model, a list even if there is one."""
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:

@@ -18,6 +18,7 @@ from lamina.errors import FoldError
 from lamina.interop.peft import constants, folding, switching, ties
 from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
 from lamina.interop.peft.fitting import fit, warn_misfits, warn_of_custom
+from lamina.interop.peft.injected import hand_out
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
 from lamina.interop.peft.standing import StandsFor
@@ -114,7 +115,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
             config=configs[adapter_name],
         )
         self.set_adapter(adapter_name, inference_mode=configs[adapter_name].inference_mode)
-        model.peft_config = self.peft_config  # type: ignore[assignment]
+        hand_out(model, self.adapter_state)
 
     def inject_adapter(
         self,
