@@ -12,6 +12,7 @@ from typing import Any
 
 from lamina.checkpoint.chain import Chain, RankGroup, chain_of, unknown_chain
 from lamina.checkpoint.header import read_header
+from lamina.checkpoint.methods import Beside, beside_factors, method_of
 from lamina.checkpoint.origin import split_key
 from lamina.checkpoint.record import Base, StageRecord, read_record
 from lamina.checkpoint.scan import Question, Span, Suspect, scan
@@ -62,6 +63,8 @@ class AdapterDescription:
         dtypes: dtype on disk -> entries of that dtype, most first.
         config: the values in `adapter_config.json`.
         base: the base model, as far as it is known.
+        method: what it is beside plain LoRA, such as "DoRA"; else "LoRA".
+        beside: the tensors of that method that are no factors, by kind.
         has_record: whether there is a stage record; a plain adapter has none.
         chain: its stages and groups of ranks.
         modules: its adapted modules by kind.
@@ -76,6 +79,8 @@ class AdapterDescription:
     dtypes: dict[str, int]
     config: dict[str, Any]
     base: Base
+    method: str
+    beside: tuple[Beside, ...]
     has_record: bool
     chain: Chain
     modules: tuple[ModuleKind, ...]
@@ -118,6 +123,8 @@ def describe_adapter(
         dtypes=_dtypes(header),
         config=config,
         base=_base(config, record),
+        method=method_of(config),
+        beside=beside_factors(header, {key for each in factors for key in each.keys}),
         has_record=record is not None,
         chain=chain,
         modules=tuple(

@@ -47,7 +47,8 @@ class FactorShapes:
     @property
     def group(self) -> str:
         """What modules of its kind are called: the last component, with the one before a number."""
-        parts = self.module.split(".")
+        # Where several parameters of a module are adapted, one wrapper lies in the other.
+        parts = [part for part in self.module.split(".") if part != "base_layer"]
         first = next((i for i in range(len(parts) - 1, 0, -1) if not parts[i].isdigit()), 0)
         return ".".join(parts[first:])
 
@@ -78,9 +79,14 @@ def scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
     if config.get("peft_type") == "ADALORA":
         # Ranks that were taken away leave the scaling as it was.
         return float(config["lora_alpha"]) / float(config["init_r"])
+    module = module.replace(".base_layer", "")
     alpha = first_match(
         config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or 8)
     )
+    if config.get("target_parameters"):
+        # Each expert has ranks of its own; the file has them of all in one factor.
+        each = int(first_match(config.get("rank_pattern") or {}, module, config.get("r") or 8))
+        rank = rank if rank % each else each
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

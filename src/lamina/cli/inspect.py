@@ -16,6 +16,7 @@ from lamina.cli.terminal import console, count_of, facts, print_json, short, siz
 if TYPE_CHECKING:
     from lamina.checkpoint.chain import Chain, StageSummary
     from lamina.checkpoint.describe import AdapterDescription, ModuleKind
+    from lamina.checkpoint.methods import Beside
     from lamina.checkpoint.record import Base
     from lamina.checkpoint.scan import Suspect
 
@@ -61,10 +62,17 @@ def _facts(found: AdapterDescription) -> Iterator[tuple[str, str]]:
         for name, count in found.dtypes.items()
     )
     yield "weights", f"{found.parameters:,} parameters, {dtypes}"
+    yield "method", "; ".join([found.method, *map(_beside, found.beside)])
+    yield "parameters", some(found.config.get("target_parameters") or [])
     yield "scaling", ", ".join(f"{value:g}" for value in found.scaling)
     yield "saved whole", some([m for s in found.chain.stages for m in s.saved_modules])
     yield "biases", some([name for s in found.chain.stages for name in s.biases])
     yield "files", ", ".join(f"{name} {size(count)}" for name, count in found.files.items())
+
+
+def _beside(tensors: Beside) -> str:
+    where = count_of(tensors.modules, "module")
+    return f"{tensors.what} of {where}, {tensors.parameters:,} parameters"
 
 
 def base_line(base: Base) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from lamina.cli.arguments import Json, Revision
-from lamina.cli.terminal import console, count_of, facts, print_json, short, table
+from lamina.cli.terminal import console, count_of, facts, print_json, short, some, table
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def targets(
         list[str] | None,
         typer.Option("--exclude", "-x", help="A name never to adapt; may be given repeatedly."),
     ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter",
+            help="The end of a parameter's name, such as experts.down_proj; likewise.",
+        ),
+    ] = None,
     r: Annotated[int, typer.Option("--r", help="The rank.")] = 8,
     revision: Revision = None,
     trust_remote_code: Annotated[
@@ -37,7 +45,7 @@ def targets(
 ) -> None:
     """Show what target_modules would hit in a model. No weights are loaded or downloaded.
 
-    Without --pattern and --regex it shows what "all-linear" means.
+    Without --pattern, --regex and --parameter it shows what "all-linear" means.
     """
     if pattern and regex:
         raise ConfigError(
@@ -49,7 +57,10 @@ def targets(
     from lamina.model.dry_run import dry_run
 
     config = LoraConfig(
-        r=r, target_modules=pattern or regex or ALL_LINEAR, exclude_modules=exclude or None
+        r=r,
+        target_modules=pattern or regex or (None if parameter else ALL_LINEAR),
+        exclude_modules=exclude or None,
+        target_parameters=parameter or None,
     )
     found = dry_run(model, config, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
@@ -92,6 +103,12 @@ def _print(found: DryRun) -> None:
                 ("adapter", f"rank {found.kinds[0].rank} in {layers}: {adapter}"),
                 ("linear layers", ", ".join(found.linear_names)),
                 ("output head", ", ".join(found.head_names)),
+                ("experts left out", some(_endings(found.skipped))),
             ]
         )
     )
+
+
+def _endings(skipped: Sequence[str]) -> list[str]:
+    """What to give as --parameter for parameters that were left out, such as those of experts."""
+    return sorted({".".join(name.split(".")[-2:]) for name in skipped})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, cast
@@ -57,6 +58,7 @@ class DryRun:
         kinds: the layers that would be adapted.
         parameters: entries of the adapter.
         linear_names: the names for `target_modules` that mean every linear layer but the head.
+        skipped: expert parameters that "all-linear" leaves out, which `target_parameters` takes in.
         head_names: the names that `linear_names` gains with the output head.
     """
 
@@ -68,6 +70,7 @@ class DryRun:
     parameters: int
     linear_names: tuple[str, ...]
     head_names: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -97,7 +100,10 @@ def dry_run(
     names = find_all_linear_names(model)
     with_head = find_all_linear_names(model, include_head=True)
     base_parameters = count_parameters(model)[1]
-    plan = inject(model, _NAME, config, AdapterState(), initialise=False)
+    with warnings.catch_warnings():
+        # What is left out is told in the result.
+        warnings.filterwarnings("ignore", '"all-linear" leaves out')
+        plan = inject(model, _NAME, config, AdapterState(), initialise=False)
     layers = [_layer(name, layer) for name, layer in lora_layers(model)]
     return DryRun(
         model=name_or_path,
@@ -108,6 +114,7 @@ def dry_run(
         parameters=sum(shapes.parameters for shapes, _ in layers),
         linear_names=tuple(names),
         head_names=tuple(sorted(set(with_head) - set(names))),
+        skipped=plan.skipped,
     )
 
 
@@ -151,8 +158,10 @@ def _first_line(error: Exception) -> str:
 
 def _layer(name: str, layer: Any) -> tuple[FactorShapes, str]:
     a, b = layer.factors(_NAME)
+    if layer.kind == "experts":
+        name = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
     shapes = FactorShapes(name, (name, name), tuple(a.shape), tuple(b.shape))
-    return shapes, type(layer.base_layer).__name__
+    return shapes, type(layer.get_base_layer()).__name__
 
 
 def _kinds(layers: list[tuple[FactorShapes, str]]) -> tuple[TargetKind, ...]:
