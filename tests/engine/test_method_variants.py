@@ -267,3 +267,18 @@ def test_the_penalty_of_monteclora_is_the_divergence_in_closed_form() -> None:
         expected.append(1e-5 * (dirichlet + 3 * normal + wishart))
     torch.testing.assert_close(model.base_model.monteclora_loss(), sum(expected) / 2)
     assert model.eval().base_model.monteclora_loss() == 0.0
+
+
+def test_kasas_factors_wait_on_meta_for_a_file_and_the_base_is_changed_once() -> None:
+    loaded = adapted("KaSA")
+    settings = lamina.LoraConfig(target_modules=["up"], r=4, kasa_config={})
+    waiting: Any = lamina.get_peft_model(models.perceptron(), settings, low_cpu_mem_usage=True)
+    up = layer_of(waiting)
+    changed = up.weight.clone()
+
+    assert all(p.is_meta for p in up.tensors("default").values())
+    assert torch.equal(changed, layer_of(loaded).weight)
+    up.initialise("default", True)
+    assert torch.equal(up.weight, changed)
+    waiting.unload()
+    assert torch.equal(waiting.get_base_model().up.weight, models.perceptron().up.weight)

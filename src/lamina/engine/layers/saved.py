@@ -21,7 +21,8 @@ class ModulesToSaveWrapper(Switched):
     The forward takes the copy of the last contributing adapter that has one, else the original.
     """
 
-    adapter_layer_names = ("modules_to_save",)
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
 
     def __init__(self, module_to_save: nn.Module, state: AdapterState) -> None:
         super().__init__(state)
