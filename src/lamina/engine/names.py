@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper
+from lamina.config import LoraConfig
+from lamina.engine.layers import (
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    layer_class,
+)
 
 # Children under which torch's wrappers keep the module that they wrap.
 _WRAPPER_CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -115,3 +121,10 @@ def suffixes(name: str) -> Iterator[str]:
 def within(name: str, outer: str) -> bool:
     """Whether a module is `outer` or lies in it."""
     return name == outer or name.startswith(f"{outer}.")
+
+
+def kind_at(place: Place, config: LoraConfig) -> type[LoraLayer] | None:
+    """What adapts a place: what can by the config, or what has adapted it already."""
+    now = place.module
+    adapted = type(now) if isinstance(now, LoraLayer) and now.records else None
+    return layer_class(place.original, config) or adapted

@@ -17,7 +17,7 @@ from lamina.engine.faults import init_error, plan_error, silent_patterns, unsupp
 from lamina.engine.init import initialisation
 from lamina.engine.layers import LayerAdapter, LoraLayer, ParamWrapper, SvdLayer, layer_class
 from lamina.engine.linears import head_names, linear_names
-from lamina.engine.names import Place, places, suffixes, within
+from lamina.engine.names import Place, kind_at, places, suffixes, within
 from lamina.engine.parameters import ParameterHit, find_parameters, skipped_experts, why_not
 from lamina.engine.spelling import find_all_linear_names, spell, spell_saved
 from lamina.engine.ties import tied_to_embedding
@@ -228,7 +228,7 @@ class _Finder:
         """The plan for a module that is hit, or None and a fault."""
         self.counts.update(patterns)
         parent = place.name.rpartition(".")[0]
-        kind = None if parent in self.attention else layer_class(place.original, self.config)
+        kind = None if parent in self.attention else kind_at(place, self.config)
         if kind is None:
             self.unsupported.append(
                 unsupported(place.name, place.original, patterns[0], parent in self.attention)
@@ -252,7 +252,7 @@ class _Finder:
         tied = [
             LayerPlan(name, kind, replace(own.record, target=name), tied_to=first)
             for name in others
-            if (kind := layer_class(by_name[name].original)) is not None
+            if (kind := layer_class(by_name[name].original, self.config)) is not None
         ]
         return [own, *tied, *rest]
 

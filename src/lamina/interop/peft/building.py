@@ -202,11 +202,29 @@ class BuiltLayer(Noted):
         if reason is not None:
             raise ValueError(f"{type(self).__name__}: {reason}")
         if adapter_name in self.records:
-            self.delete_adapter(adapter_name)
+            super().delete_adapter(adapter_name)
         if self.alone:
             self.adapter_state.configs[adapter_name] = config
         super().add_adapter(adapter_name, record, init=config.init_lora_weights, upcast=False)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter's weights; a layer that was built by hand goes on with another one."""
+        super().delete_adapter(name)
+        if not self.alone:
+            return
+        active = [other for other in self.active_adapters if other != name]
+        was_last = not active and name in self.active_adapters
+        self.adapter_state.configs.pop(name, None)
+        if was_last and self.records:
+            active = self._all_available_adapter_names()[:1]
+            warnings.warn(
+                f"Adapter {name} was active which is now deleted. Setting active adapter to "
+                f"{active[0]}.",
+                stacklevel=2,
+            )
+        if active != self.active_adapters:
+            self.set_adapter(active)
 
     def _check_bias(self, config: Any) -> None:
         if not config.lora_bias:

@@ -15,6 +15,7 @@ from lamina.engine.layers import lora_layers
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
+from lamina.interop.peft.building import BuiltLayer
 from lamina.interop.peft.experts import fuse_config
 from lamina.interop.peft.matching import (
     ExcludedModule,
@@ -197,7 +198,9 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
 
 def warn_of_custom(model: nn.Module, adapter: str, config: Any) -> None:
     """Warn of modules that are adapted only because the config says by what."""
-    own = tuple(config.layer_kinds.values())
+    # Those that are built as peft's are say so themselves.
+    kinds = config.layer_kinds.values()
+    own = tuple(kind for kind in kinds if not issubclass(kind, BuiltLayer))
     for _, layer in lora_layers(model) if own else ():
         base = layer.get_base_layer()
         if adapter in layer.records and isinstance(layer, own) and not _is_usual(base):
