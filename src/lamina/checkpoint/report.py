@@ -95,6 +95,12 @@ def _cure(report: LoadReport, mapping: dict[str, str]) -> str:
         )
     if mapping and report.unexpected_keys:
         return f"if it is the same model under other names, pass key_mapping={mapping!r}"
+    rows = [theirs[-1] for key, theirs, _ in report.mismatched_keys if key.endswith("embedding_A")]
+    if rows:
+        return (
+            f"model.resize_token_embeddings({rows[0]}) first, with the new rows that it was "
+            "trained over: an adapted embedding holds its update, not its rows"
+        )
     if report.mismatched_keys:
         return (
             "load it on the model that it was trained on (same sizes), or pass the config with "

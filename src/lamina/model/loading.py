@@ -19,6 +19,7 @@ from lamina.engine.fold import give_back
 from lamina.engine.inject import find_state, strip
 from lamina.errors import ConfigError
 from lamina.model.adapted import refuse_adapted
+from lamina.model.vocabulary import grown
 from lamina.storage.source import PathOrId
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def over(
     """A facade over `model` with the adapter of a file that has been read; all or nothing."""
     refuse_adapted(model)
     file.config.inference_mode = not trainable
-    with undone_on_error(model):
+    with grown(model, file), undone_on_error(model):
         facade = kind(
             model,
             file.config,

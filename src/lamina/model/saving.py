@@ -20,6 +20,7 @@ from lamina.engine.names import places
 from lamina.engine.targets import spell, spell_saved
 from lamina.errors import CheckpointError
 from lamina.model.original import on_original_base
+from lamina.model.vocabulary import vocabulary_entry
 from lamina.storage.atomic import atomic_directory
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def save(
     ]
     with atomic_directory(directory) as staging:
         for name, config, tensors in ready:
-            write_adapter(staging if name == "default" else staging / name, config, tensors)
+            where = staging if name == "default" else staging / name
+            write_adapter(where, config, tensors, vocabulary_entry(model.get_base_model(), config))
 
 
 def adapter_tensors(

@@ -12,6 +12,7 @@ from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
+from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, describe_base
 
 
@@ -52,10 +53,11 @@ def load(
             # The recorded revision is one of the recorded base.
             file.config.base_model_name_or_path, file.config.revision = str(base), None
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
-    if not allow_base_mismatch:
-        _check_base(record, whole_base, str(path))
-    kind = PeftModel.for_task(file.config.task_type)
-    return loading.over(kind, whole_base, file, loading.How(), name).eval()
+    with grown(whole_base, file):
+        if not allow_base_mismatch:
+            _check_base(record, whole_base, str(path))
+        kind = PeftModel.for_task(file.config.task_type)
+        return loading.over(kind, whole_base, file, loading.How(), name).eval()
 
 
 def _refuse_options(options: dict[str, Any]) -> None:
