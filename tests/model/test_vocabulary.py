@@ -111,3 +111,31 @@ def test_an_adapted_embedding_of_another_size_says_what_to_do(tmp_path: Path) ->
     saved(tmp_path, resized(), target_modules=["embed_tokens"])
     with pytest.raises(KeyMismatchError, match=r"resize_token_embeddings\(70\) first"):
         lamina.PeftModel.from_pretrained(models.tiny_llama(), tmp_path)
+
+
+class Words:
+    """All of a tokenizer that is looked at."""
+
+    def __init__(self, *tokens: str) -> None:
+        self.tokens = tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: number for number, token in enumerate(self.tokens)}
+
+
+def test_a_stage_knows_its_tokenizer(tmp_path: Path) -> None:
+    model = lamina.begin_stage(models.tiny_llama(), name="one", config=llama_config())
+    fill(model, "one")
+    record = lamina.save_stage(model, tmp_path, tokenizer=Words("a", "b"))
+    assert record.newest.base.vocab_size == models.VOCABULARY
+    assert lamina.lineage(tmp_path) == record
+    assert len(record.newest.base.tokenizer or "") == 64
+    assert lamina.load(tmp_path, models.tiny_llama(), tokenizer=Words("a", "b"))
+    assert lamina.load(tmp_path, models.tiny_llama())
+    with pytest.raises(lamina.StageError, match="another base") as caught:
+        lamina.load(tmp_path, models.tiny_llama(), tokenizer=Words("b", "a"))
+    assert "tokenizer of another vocabulary" in caught.value.faults[0]
+    with pytest.raises(lamina.StageError, match="where a tokenizer is wanted"):
+        lamina.save_stage(model, tmp_path, tokenizer="gpt2")
+    # Without one the record is as it ever was.
+    assert lamina.save_stage(model, tmp_path).newest.base.tokenizer is None

@@ -45,6 +45,8 @@ class Base(_Part):
         quantization: the quantiser it was loaded with, and its settings as far as they are known,
             e.g. "bitsandbytes nf4"; None for a dense base.
         vocab_size: rows of its input embedding.
+        tokenizer: SHA-256 of the vocabulary of the tokenizer it was trained with; None if that was
+            not given.
         parameters: number of its parameters.
         shapes: SHA-256 of the sorted names and shapes of its parameters.
     """
@@ -55,8 +57,15 @@ class Base(_Part):
     dtype: str | None = None
     quantization: str | None = None
     vocab_size: int | None = None
+    tokenizer: str | None = None
     parameters: int | None = None
     shapes: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_tokenizer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Records without one are written as they ever were.
+        values: dict[str, Any] = write(self)
+        return {k: v for k, v in values.items() if v is not None or k != "tokenizer"}
 
 
 class Lamina(_Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lamina.engine.layers.linear import linear_shape
 from lamina.engine.names import places
 from lamina.engine.trainability import adapter_parameters, count_parameters
 from lamina.engine.weights import BaseWeight, weight_of
+from lamina.errors import StageError
 
 # How the hub's cache spells `owner/name`.
 _CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
@@ -82,6 +84,21 @@ def shapes_digest(model: nn.Module) -> str:
         for leaf, parameter in module.named_parameters(recurse=False):
             lines.add(f"{place.name}.{leaf} {'x'.join(map(str, parameter.shape))}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary: its tokens and their ids.
+
+    Raises:
+        StageError: it has no vocabulary.
+    """
+    get = getattr(tokenizer, "get_vocab", None)
+    if not callable(get):
+        raise StageError(
+            f"A {type(tokenizer).__name__} was given where a tokenizer is wanted.",
+            cure="give the tokenizer itself: AutoTokenizer.from_pretrained(...)",
+        )
+    return hashlib.sha256(json.dumps(sorted(get().items())).encode()).hexdigest()
 
 
 def base_faults(recorded: Base, actual: Base) -> list[str]:

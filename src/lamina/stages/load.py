@@ -13,7 +13,7 @@ from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.model.vocabulary import grown
-from lamina.stages.bases import base_faults, describe_base
+from lamina.stages.bases import base_faults, describe_base, tokenizer_digest
 
 
 def load(
@@ -21,6 +21,7 @@ def load(
     base: nn.Module | str | None = None,
     *,
     allow_base_mismatch: bool = False,
+    tokenizer: Any = None,
     **options: Any,
 ) -> PeftModel:
     """The base with the whole chain of a stage over it, frozen, in eval mode.
@@ -29,6 +30,7 @@ def load(
         path: the stage's directory, or any plain PEFT adapter, or a hub id.
         base: the base model, or its path or hub id; None takes the one on record.
         allow_base_mismatch: go on although the base's name or shapes are not those on record.
+        tokenizer: the one that it is to be used with, compared with the one on record.
         options: hub options of the adapter; all else goes to the base's `from_pretrained`
             (`dtype`, `device_map` ...) when it is loaded here.
 
@@ -55,7 +57,7 @@ def load(
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     with grown(whole_base, file):
         if not allow_base_mismatch:
-            _check_base(record, whole_base, str(path))
+            _check_base(record, whole_base, str(path), tokenizer)
         kind = PeftModel.for_task(file.config.task_type)
         return loading.over(kind, whole_base, file, loading.How(), name).eval()
 
@@ -70,8 +72,11 @@ def _refuse_options(options: dict[str, Any]) -> None:
         )
 
 
-def _check_base(record: StageRecord, base: nn.Module, source: str) -> None:
+def _check_base(record: StageRecord, base: nn.Module, source: str, tokenizer: Any) -> None:
     faults = base_faults(record.newest.base, describe_base(base))
+    trained_with = record.newest.base.tokenizer
+    if None not in (tokenizer, trained_with) and tokenizer_digest(tokenizer) != trained_with:
+        faults.append("trained with a tokenizer of another vocabulary than this one's")
     if faults:
         raise StageError(
             f"{source} was trained on another base.",

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
@@ -26,6 +27,7 @@ from lamina.engine.names import adapted_layers
 from lamina.errors import StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
+from lamina.stages.bases import tokenizer_digest
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.stages.original import on_original_base
@@ -38,6 +40,7 @@ def save_stage(
     *,
     metrics: Mapping[str, float] | None = None,
     data: Any = None,
+    tokenizer: Any = None,
 ) -> StageRecord:
     """Write the chain that a model holds as one ordinary PEFT adapter with a stage record.
 
@@ -49,6 +52,7 @@ def save_stage(
         path: the stage's directory.
         metrics: numbers to record, by name.
         data: what the stage was trained on: anything that JSON can hold.
+        tokenizer: the one that it was trained with; its vocabulary's hash is recorded.
 
     Returns:
         The record that was written.
@@ -67,7 +71,7 @@ def save_stage(
     scaling = LayerAdapter.of(newest.config, newest.config.r, newest.config.lora_alpha).scaling
     wholes = put_together(parts, scaling)
     saved, biases, others = _others(model, context)
-    record = _record(context, parts, saved, biases, metrics, data)
+    record = _record(_with_tokenizer(context, tokenizer), parts, saved, biases, metrics, data)
     config = flat_config(
         model.get_base_model(),
         newest.config,
@@ -183,6 +187,13 @@ def _others(
             else:
                 biases[f"{module}.bias"] = adapter
     return saved, biases, tensors
+
+
+def _with_tokenizer(context: StageContext, tokenizer: Any) -> StageContext:
+    if tokenizer is None:
+        return context
+    known = {"tokenizer": tokenizer_digest(tokenizer)}
+    return replace(context, base=context.base.model_copy(update=known))
 
 
 def _untrained_biases(model: PeftModel) -> dict[str, Any]:
