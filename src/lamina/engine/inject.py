@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from lamina.engine.layers import (
     LayerAdapter,
     LoraLayer,
     ModulesToSaveWrapper,
+    ParamWrapper,
     TrainableTokensLayer,
     TrainableTokensWrapper,
     lora_layers,
@@ -100,7 +102,8 @@ def _layer_for(
 ) -> LoraLayer:
     """The layer that takes up an adapter; it is put into the model if it isn't there yet."""
     if plan.parameter is not None:
-        outermost, wrapper = wrapped(_now(place), plan.parameter, state)
+        kind: Any = plan.record.config.instead.get(ParamWrapper, ParamWrapper)
+        outermost, wrapper = wrapped(_now(place), plan.parameter, state, kind)
         _put(spots, outermost)
         return wrapper
     now = place.module

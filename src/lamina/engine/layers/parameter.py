@@ -54,6 +54,11 @@ class ParamWrapper(LoraLayer):
         p, q = shape[-2:]
         self.in_features, self.out_features = (p, q) if self._in_by_out else (q, p)
 
+    @classmethod
+    def around(cls, layer: nn.Module, state: AdapterState, parameter_name: str) -> ParamWrapper:
+        """A wrapper in a model."""
+        return cls(layer, state, parameter_name)
+
     def get_base_layer(self) -> nn.Module:
         """The module itself, inside all wrappers."""
         inner = self.base_layer
@@ -165,7 +170,10 @@ def wrappers(layer: nn.Module) -> Iterator[ParamWrapper]:
 
 
 def wrapped(
-    layer: nn.Module, parameter_name: str, state: AdapterState
+    layer: nn.Module,
+    parameter_name: str,
+    state: AdapterState,
+    kind: type[ParamWrapper] = ParamWrapper,
 ) -> tuple[nn.Module, ParamWrapper]:
     """(outermost wrapper, the one of this parameter), which is made if it isn't there.
 
@@ -173,6 +181,7 @@ def wrapped(
         layer: the module, or the outermost of its wrappers.
         parameter_name: the parameter's name in the module.
         state: the model's shared state.
+        kind: the class of a wrapper that is made.
     """
     here = list(wrappers(layer))
     for wrapper in here:
@@ -182,9 +191,9 @@ def wrapped(
     order = _order(module)
     outer = [w for w in here if order.index(w.parameter_name) > order.index(parameter_name)]
     if not outer:
-        made = ParamWrapper(layer, state, parameter_name)
+        made = kind.around(layer, state, parameter_name)
         return made, made
-    made = ParamWrapper(outer[-1].base_layer, state, parameter_name)
+    made = kind.around(outer[-1].base_layer, state, parameter_name)
     outer[-1].base_layer = made
     return layer, made
 

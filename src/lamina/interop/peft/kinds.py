@@ -12,7 +12,7 @@ from torch import nn
 
 from lamina.engine import layers as native
 from lamina.engine.layers.conv import _ConvNd as NativeConv
-from lamina.interop.peft import variants
+from lamina.interop.peft import proxies, variants
 from lamina.interop.peft.building import BuiltLayer
 
 __all__ = ["LoraLayer"]
@@ -224,6 +224,30 @@ class ParamWrapper(BuiltLayer, native.ParamWrapper):
             raise ValueError(f"lora.ParamWrapper does not work with lora_dropout={dropout}.")
         _built(self, base_layer, adapter_name, config, r, lora_alpha, kwargs, parameter_name)
 
+    @classmethod
+    def around(cls, layer: nn.Module, state: Any, parameter_name: str) -> ParamWrapper:
+        """A wrapper in a model; its adapters come from the engine."""
+        made = cls.__new__(cls)
+        native.ParamWrapper.__init__(made, layer, state, parameter_name)
+        return made
+
+    def add_adapter(self, name: str, record: Any, **options: Any) -> None:
+        """Add an adapter, by the engine's code alone.
+
+        transformers replaces `update_layer` by one that swaps the sides of some parameters; here
+        the module itself is asked which they are.
+        """
+        native.ParamWrapper.add_adapter(self, name, record, **options)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives with the sum in the parameter's place."""
+        names = self.contributing()
+        if not proxies.is_replaced() or len(names) != 1 or self.weight_view.is_parametrized:
+            return native.ParamWrapper.forward(self, *args, **kwargs)
+        module, name = self.get_base_layer(), self.parameter_name
+        with proxies.folding(module, name, *self.sides(names[0]), self.scaling[names[0]]):
+            return self.base_layer(*args, **kwargs)
+
 
 def _built(
     layer: Any,
@@ -256,6 +280,7 @@ STANDING: dict[type, type] = {
     native.Conv2d: Conv2d,
     native.Conv3d: Conv3d,
     native.MultiheadAttention: MultiheadAttention,
+    native.ParamWrapper: ParamWrapper,
 }
 
 

@@ -44,6 +44,9 @@ def save(
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)
+    if state_dict is None and "state_dict" in model.__dict__:
+        # Who replaced the model's own method means what it gives.
+        state_dict = model.state_dict()
     model.create_or_update_model_card(directory)
     for name in names:
         found = tensors.get_peft_model_state_dict(

@@ -238,7 +238,7 @@ TREE: dict[str, dict[str, str]] = {
             "ParamWrapper dispatch_default",
         ),
         **_at(f"{_OWN}.layer_variants", "LoraVariant"),
-        **_at(f"{_OWN}.factors_proxy", "_LoraFactorsProxy _LoraParameterProxy"),
+        **_at(f"{_OWN}.proxies", "_LoraFactorsProxy _LoraParameterProxy"),
         **_at("peft.tuners.tuners_utils", "BaseTunerLayer"),
     },
     "peft.tuners.lora.model": {
