@@ -51,15 +51,41 @@ def merge(
             "untie=True doesn't go with target='dequantized'.",
             cure="untie the base's weights before it is adapted",
         )
+    tied = _shares(model)
     if target is None:
-        return merge_and_unload(model, state, names, safe=safe, untied=untie)
+        merged = merge_and_unload(model, state, names, safe=safe, untied=untie)
+        return _tell_untied(merged) if tied else merged
     if target == "quantized":
         merged = merge_and_unload(model, state, names, safe=safe, requantise=True, untied=untie)
     else:
         merged = merge_dequantised(model, state, names, dtype=dtype, safe=safe)
         _unmark(merged)
     _forget_conversions(merged)
-    return merged
+    return _tell_untied(merged) if tied else merged
+
+
+def _shares(model: nn.Module) -> bool:
+    """Whether the head has the embedding's weight."""
+    try:
+        tables = [getattr(model, f"get_{side}_embeddings")() for side in ("input", "output")]
+    except (AttributeError, NotImplementedError):
+        return False
+    first, last = (
+        getattr(getattr(t, "base_layer", t), "weight", None) for t in map(_whole, tables)
+    )
+    return first is not None and first is last
+
+
+def _whole(table: Any) -> Any:
+    return getattr(table, "original_module", table)
+
+
+def _tell_untied(model: nn.Module) -> nn.Module:
+    """Where one of two tied weights was trained whole, readers must not tie them again."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and not _shares(model):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return model
 
 
 def check_target(
