@@ -284,3 +284,17 @@ def test_a_layer_of_another_kind_is_refused_by_name() -> None:
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
     with pytest.raises(TargetError, match="mha: MultiheadAttention does not support DoRA"):
         adapt(model, target_modules=["mha"], use_dora=True)
+
+
+def test_tensors_may_stand_in_for_the_parameters() -> None:
+    model, _ = dora("linear")
+    x = torch.linspace(-1, 1, 2 * model.in_features, dtype=model.weight.dtype).view(2, -1)
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    stacked = {name: torch.stack([p, 1.5 * p]) for name, p in own.items()}
+    many = torch.func.vmap(lambda values: torch.func.functional_call(model, values, (x,)))(stacked)
+    torch.testing.assert_close(torch.func.functional_call(model, own, (x,)), model(x))
+    torch.testing.assert_close(many[0], model(x))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(many[1], model(x))

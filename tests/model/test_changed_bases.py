@@ -219,3 +219,91 @@ def test_mica_trains_a_alone() -> None:
     model.set_requires_grad("default", False)
     model.set_requires_grad("default", True)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@torch.no_grad()
+def answer(model: Any, adapter: str) -> torch.Tensor:
+    model.set_adapter(adapter)
+    answered: torch.Tensor = model(X)
+    return answered
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_dora_rests_on_the_base_as_it_was_whatever_another_took(dropout: float) -> None:
+    changes = {"use_dora": True, "lora_dropout": dropout}
+    model = trained(lamina.get_peft_model(net(), config(True, **changes), "own"))
+    wanted = answer(model, "own")
+    model.add_adapter("taker", config("pissa"))
+    model.set_adapter("taker", train=["taker"])
+    trained(model)
+    close(answer(model, "own"), wanted)
+    with torch.no_grad():
+        close(model(X, adapter_names=["own"] * len(X)), wanted)
+    close(answer(model.train(), "own"), wanted)
+    model.eval().merge_adapter(["own"])
+    close(answer(model, "own"), wanted)
+    model.unmerge_adapter()
+    model.add_weighted_adapter(["own"], [1.0], "same", "svd", svd_rank=12)
+    close(answer(model, "same"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), [("cat", {}), ("svd", {}), ("svd", {"use_dora": True})]
+)
+def test_a_combination_is_without_what_its_parts_took(method: str, changes: Any) -> None:
+    model = trained(lamina.get_peft_model(net(), config("pissa", **changes)))
+    wanted = answer(model, "default")
+    rank = None if method == "cat" else 12
+    model.add_weighted_adapter(["default"], [1.0], "same", method, svd_rank=rank)
+    close(answer(model, "same"), wanted)
+
+
+def test_factors_alone_are_not_combined_where_a_part_was_taken_out() -> None:
+    model = trained(lamina.get_peft_model(net(), config("pissa")))
+    with pytest.raises(lamina.errors.ConfigError, match="took a part out of the base"):
+        model.add_weighted_adapter(["default"], [1.0], "same", "linear")
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+def test_plain_lora_made_of_it_is_for_the_base_as_it_was(tmp_path: Path) -> None:
+    model = trained(lamina.get_peft_model(net(), config("pissa")))
+    lamina.save_as_lora(tmp_path, model, 1.0)
+    loaded = lamina.PeftModel.from_pretrained(net(), tmp_path).eval()
+    close(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("how", ["hotswap", "load"])
+def test_other_weights_in_its_place_get_the_base_that_they_are_for(
+    how: str, tmp_path: Path
+) -> None:
+    other = trained(lamina.get_peft_model(net(), config(True)))
+    other.save_pretrained(tmp_path)
+    model = trained(lamina.get_peft_model(net(), config("pissa")))
+    if how == "hotswap":
+        lamina.hotswap_adapter(model, str(tmp_path), "default")
+    else:
+        model.load_adapter(tmp_path, "default")
+    close(model(X), other(X))
+    with model.disable_adapter():
+        close(model(X), net()(X))
+    model.save_pretrained(tmp_path / "again")
+    close(lamina.PeftModel.from_pretrained(net(), tmp_path / "again").eval()(X), other(X))
+
+
+@pytest.mark.parametrize("how", ["hotswap", "load"])
+def test_weights_for_a_changed_base_do_not_go_over_one_that_is_not(
+    how: str, tmp_path: Path
+) -> None:
+    peft_model: Any = peft.get_peft_model(
+        net(),
+        peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights="pissa"),
+    )
+    peft_model.save_pretrained(tmp_path)
+    model = trained(lamina.get_peft_model(net(), config(True)))
+    before = model(X)
+    with pytest.raises(lamina.errors.ConfigError, match="init_lora_weights='pissa' has changed"):
+        if how == "hotswap":
+            lamina.hotswap_adapter(model, str(tmp_path), "default")
+        else:
+            model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(X), before)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lamina.errors import KeyMismatchError
+from lamina.errors import FoldError, KeyMismatchError
 from lamina.model import (
     get_peft_model,
     get_peft_model_state_dict,
@@ -52,3 +52,11 @@ def test_a_second_adapter_whose_weights_do_not_fit_leaves_the_first() -> None:
         inject_adapter_in_model(wider, model, "two", state_dict={"x": torch.zeros(1)})
     assert same(weights(model), before)
     assert flags(model) == asked
+
+
+def test_nothing_is_loaded_into_an_adapter_that_is_folded_in() -> None:
+    model = llama_adapter(seed=1)
+    tensors = get_peft_model_state_dict(llama_adapter(seed=2))
+    model.merge_adapter()
+    with pytest.raises(FoldError, match="folded"):
+        set_peft_model_state_dict(model, tensors)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lamina.config import LoraConfig
+from lamina.engine.layers import LoraLayer
 from lamina.errors import AdapterNameError, FoldError
 from lamina.model import PeftModel, get_peft_model
 from tests import models
@@ -271,3 +272,18 @@ def test_deleting_an_idle_adapter_activates_none() -> None:
     model.set_adapter([])
     model.delete_adapter("sft2")
     assert model.active_adapters == []
+
+
+@pytest.mark.parametrize("how", ["set_adapter", "enable_adapters"])
+def test_switching_a_whole_model_undoes_what_single_layers_were_told(how: str) -> None:
+    model = get_peft_model(models.perceptron(), LoraConfig(target_modules=["up", "down"]), "sft")
+    model.add_adapter("sft2", LoraConfig(target_modules=["up", "down"]))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    if how == "set_adapter":
+        layer.set_adapter("sft2")
+    else:
+        layer.enable_adapters(False)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} != before
+    model.set_adapter("sft")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before

@@ -12,9 +12,10 @@ from lamina.checkpoint.keys import Slot, disk_names, is_double, map_keys, parts,
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.ranks import misfits
 from lamina.checkpoint.report import LoadReport, mismatch_error
+from lamina.engine.layers import lora_layers
 from lamina.engine.names import way_in
 from lamina.engine.state import AdapterState
-from lamina.errors import CheckpointError, KeyMismatchError
+from lamina.errors import CheckpointError, FoldError, KeyMismatchError
 
 _B_LEAVES = ("lora_B.weight", "lora_embedding_B")
 
@@ -45,7 +46,9 @@ def fill_adapter(
 
     Raises:
         KeyMismatchError, CheckpointError: nothing has been changed.
+        FoldError: the adapter is folded into the base weights; likewise.
     """
+    _refuse_folded(model, adapter, state)
     wanted = slots(model, adapter, state)
     given = _renamed(tensors, wanted, key_mapping or {})
     base = _base_tensors(model, given, wanted)
@@ -75,6 +78,16 @@ def fill_adapter(
     _begin_unfilled(model, adapter, wanted, matched)
     _put(matched, base, given)
     return report
+
+
+def _refuse_folded(model: nn.Module, adapter: str, state: AdapterState) -> None:
+    # The base would go on answering with what was folded in.
+    layers = lora_layers(model) if state.folded_layers else ()
+    if any(adapter in layer.merged_adapters for _, layer in layers):
+        raise FoldError(
+            f"The adapter {adapter!r} is folded into the base weights.",
+            cure="model.unmerge_adapter() first, then load into it",
+        )
 
 
 def _holds(parameter: nn.Parameter, value: torch.Tensor) -> bool:

@@ -13,7 +13,6 @@ from torch import nn
 
 from lamina.config import LoraConfig
 from lamina.engine.combine import Combined, Method, Part, Settings, combine, method_of
-from lamina.engine.compose import Factors
 from lamina.engine.factored import factored_layers
 from lamina.engine.flat_config import flat_config
 from lamina.engine.inject import inject
@@ -22,6 +21,7 @@ from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.errors import AdapterNameError, ConfigError
 from lamina.model.combining_rows import fill_rows, union_of_rows
+from lamina.model.original import factors_on_original
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,8 @@ def _faults_of_layer(
     if method.on == "update" and settings.rank is not None and settings.rank % groups:
         faults.append(f"its {groups} groups don't divide svd_rank={settings.rank}")
     for adapter in here:
+        if method.on == "factors" and layer.taken_out({adapter}) is not None:
+            faults.append(f"{adapter!r} took a part out of the base, which is no part of A or B")
         if not _is_product(layer, adapter):
             faults.extend(_faults_of_variant(layer, adapter, method))
     return faults
@@ -277,13 +279,15 @@ def _is_product(layer: LoraLayer, adapter: str) -> bool:
 
 @torch.no_grad()
 def dense_update(layer: LoraLayer, adapter: str) -> torch.Tensor:
-    """What an adapter adds to the weight, out x everything else, in the accumulation dtype."""
+    """What an adapter changes in the base as it was: out x all else, in the accumulation dtype."""
     if is_sum(layer, adapter):
         update = layer.delta_weight(adapter)
     else:
         before = layer.weight_view.read()
         update, _ = layer.folded([adapter])
         update = update - before.to(update)
+    taken = layer.taken_out({adapter})
+    update = update if taken is None else update - taken
     stored_in_by_out = layer.is_embedding or getattr(layer, "fan_in_fan_out", False)
     return (update.T if stored_in_by_out else update).flatten(1)
 
@@ -293,10 +297,7 @@ def _parts(layer: LoraLayer, shares: Mapping[str, float], method: Method) -> lis
     for adapter, weight in shares.items():
         if adapter not in layer.records:
             continue
-        a, b = (factor.detach() for factor in layer.factors(adapter))
-        bias = layer.tensors(adapter).get("lora_B.bias")
-        scaling = float(layer.records[adapter].scaling)
-        factors = Factors(a, b, scaling, None if bias is None else bias.detach())
+        factors = factors_on_original(layer, adapter)
         special = method.on == "update" and not _is_product(layer, adapter)
         parts.append(Part(factors, weight, dense_update(layer, adapter) if special else None))
     return parts

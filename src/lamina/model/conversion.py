@@ -21,6 +21,7 @@ from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.layers.linear import is_conv1d
 from lamina.errors import ConversionError
 from lamina.model.combining import dense_update, is_sum
+from lamina.model.original import factors_on_original
 from lamina.storage.atomic import atomic_directory
 
 Tensors = dict[str, torch.Tensor]
@@ -191,11 +192,10 @@ def _factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one layer, in the dtype of the update."""
     if isinstance(layer, LoraLayer) and is_sum(layer, adapter):
-        a, b = layer.factors(adapter)
-        dtype, shape = a.dtype, (b.shape[0], a.shape[1])
+        whole = factors_on_original(layer, adapter)
+        dtype, shape = whole.A.dtype, (whole.B.shape[0], whole.A.shape[1])
         _check_fits(rank, shape)
-        left = b.double() * float(layer.records[adapter].scaling)
-        found = truncate_product(left, a.double(), rank)
+        found = truncate_product(whole.B.double() * whole.scaling, whole.A.double(), rank)
     else:
         update, dtype = _dense(layer, adapter)
         _check_fits(rank, tuple(update.shape))

@@ -27,6 +27,7 @@ from lamina.engine.variants import variant_for
 from lamina.errors import ConfigError, FoldError, KeyMismatchError
 from lamina.model.loading import HUB_OPTIONS
 from lamina.model.numbering import describe_numbers
+from lamina.model.original import on_base_of
 from lamina.storage.source import PathOrId
 
 # What the tensors and scalings don't tell.
@@ -267,7 +268,7 @@ def _swap(
         )
     changes = _plan(slots(model, adapter, state), layers, tensors, adapter)
     scalings = _scalings(changes, config)
-    with torch.no_grad():
+    with torch.no_grad(), on_base_of(model, state, adapter, config):
         for change in changes:
             _apply(change, adapter)
         for path, scaling in scalings.items():

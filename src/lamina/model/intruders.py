@@ -82,6 +82,8 @@ def _check(layers: dict[str, LoraLayer], adapter: str) -> None:
         if not is_sum(layer, adapter):
             kind = type(layer.records[adapter].variant).__name__
             faults.append(f"{name}: {kind}, whose update is not scaling * B @ A")
+        if layer.taken_out({adapter}) is not None:
+            faults.append(f"{name}: {adapter!r} took a part out of the base when it began")
         if getattr(layer.base_layer, "groups", 1) > 1 or layer.merged_adapters:
             faults.append(f"{name}: a convolution with groups, or adapters are folded in")
     if faults:

@@ -6,7 +6,8 @@ weight is `s (B A - B0 A0) = s [B, -B0] [A; A0]`: exact, at twice the rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,14 @@ from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX
 from lamina.config import LoraConfig
 from lamina.engine.compose import Factors, concatenate
 from lamina.engine.flat_config import flat_config
+from lamina.engine.fold import give_back
+from lamina.engine.init import changes_base
 from lamina.engine.layers import LayerAdapter, LoraLayer, ModulesToSaveWrapper
 from lamina.engine.layers.displacing import Displaced
 from lamina.engine.names import adapted_layers, places
-from lamina.errors import CheckpointError
+from lamina.engine.state import AdapterState
+from lamina.engine.variants import variant_for
+from lamina.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from lamina.model.facade import PeftModel
@@ -41,6 +46,52 @@ def with_taken(factors: Factors, taken: Displaced | None, scaling: float) -> Fac
     device = factors.A.device
     before = Factors(taken.A.to(device), taken.B.to(device), -taken.scaling)
     return concatenate([factors, before], scaling)
+
+
+def factors_on_original(layer: LoraLayer, adapter: str) -> Factors:
+    """An adapter's update on the base as it was: `[B, -B0] [A; A0]` if it took something out."""
+    a, b = (factor.detach() for factor in layer.factors(adapter))
+    bias = layer.tensors(adapter).get("lora_B.bias")
+    scaling = float(layer.records[adapter].scaling)
+    own = Factors(a, b, scaling, None if bias is None else bias.detach())
+    taken = layer.displaced.get(adapter)
+    if taken is None or not taken.is_low_rank or layer.adapter_state.changes_stay:
+        return own
+    return with_taken(own, taken, scaling or taken.scaling)
+
+
+@contextmanager
+def on_base_of(
+    model: nn.Module, state: AdapterState, adapter: str, config: LoraConfig
+) -> Iterator[None]:
+    """While an adapter's weights are replaced: make the base the one that the new ones are for.
+
+    Args:
+        model: the adapted model.
+        state: its shared state.
+        adapter: the adapter that is replaced.
+        config: of the new weights.
+
+    Raises:
+        ConfigError: they are for a base that another initialisation has changed.
+    """
+    ours, init = state.configs[adapter], config.init_lora_weights
+    if not state.changes_stay and changes_base(init) and init != ours.init_lora_weights:
+        raise ConfigError(
+            f"The new weights are for a base that init_lora_weights={init!r} has changed, and that "
+            f"of {adapter!r} began with {ours.init_lora_weights!r}.",
+            cure="load it beside the old one: model.load_adapter(path, name), set_adapter(name)",
+        )
+    stays = state.changes_stay or changes_base(init) or variant_for(ours).changes_base
+    given = [] if stays else give_back(model, [adapter])
+    try:
+        yield
+    except BaseException:
+        for layer, name, taken in reversed(given):
+            layer.take(name, taken)
+        raise
+    if given:
+        ours.init_lora_weights = init
 
 
 def scaling_of(config: LoraConfig) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.errors import ConfigError
 from lamina.model import loading, saving
+from lamina.model.original import on_base_of
 
 if TYPE_CHECKING:
     from lamina.checkpoint.report import LoadReport
@@ -42,7 +43,8 @@ def replace(
         report: LoadReport = checkpoints.restore(model, file)
         return report
     refuse_other_config(model, adapter, file.config, str(model_id))
-    return loading.fill(model, adapter, file, how)
+    with on_base_of(model.get_base_model(), model.adapter_state, adapter, file.config):
+        return loading.fill(model, adapter, file, how)
 
 
 def refuse_other_config(model: PeftModel, adapter: str, found: PeftConfig, source: str) -> None:

@@ -103,13 +103,16 @@ class LoraModel(nn.Module):
     def activate(self, names: Iterable[str], train: Iterable[str] | None = None) -> None:
         """Make exactly these adapters active; `train` says which of all are trainable."""
         state = self.adapter_state
-        before = live_adapters(state)
+        before, overridden = live_adapters(state), state.overridden
         state.activate(names)
         asked: frozenset[str] = frozenset()
         if train is not None:
             asked = state.trainable = frozenset(state.check_known(train))
         changed = asked | (before ^ live_adapters(state))
-        if changed:
+        if overridden:
+            # Layers that were switched one by one have changed what trains there.
+            apply_trainability(self.model, state)
+        elif changed:
             apply_trainability(self.model, state, changed)
         else:
             apply_bias_trainability(state)

@@ -83,8 +83,9 @@ class LoraLayer(PeftNames):
         routing = self.adapter_state.routing
         if routing is not None and routing.names is not None and not self.disable_adapters:
             return add_by_rows(self, x, result, routing)
-        for name in self.contributing():
-            result = self.records[name].variant.add(self, name, x, result)
+        # First: a variant may rest on what the base gives.
         for displaced in self.lacking() if self.displaced else ():
             result = result + displaced.output(x)
+        for name in self.contributing():
+            result = self.records[name].variant.add(self, name, x, result)
         return result.to(dtype)

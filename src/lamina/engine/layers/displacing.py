@@ -7,7 +7,7 @@ take part, and gets its weight back, bit for bit, when the adapter goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,16 +84,39 @@ class Displacing(Folding):
             values = taken.becomes.to(view.device)
         else:
             stored = view.read()
-            a, b = taken.A.to(view.device), taken.B.to(view.device)
-            delta = lora_linear_delta(a, b, taken.scaling)
-            across = getattr(self, "fan_in_fan_out", False)
-            values = stored.to(accumulation_dtype(stored.dtype)) - (delta.T if across else delta)
+            values = stored.to(accumulation_dtype(stored.dtype)) - self._update_of(taken)
         before = view.swap(values)
         keep = not self.adapter_state.changes_stay
         becomes = None if taken.becomes is None else taken.becomes.cpu()
         self.displaced[adapter] = Displaced(
             taken.A, taken.B, taken.scaling, becomes, _to_cpu(before) if keep else None
         )
+
+    def _update_of(self, taken: Displaced) -> torch.Tensor:
+        device = self.weight_view.device
+        delta = lora_linear_delta(taken.A.to(device), taken.B.to(device), taken.scaling)
+        return delta.T if getattr(self, "fan_in_fan_out", False) else delta
+
+    @torch.no_grad()
+    def taken_out(self, names: Collection[str]) -> torch.Tensor | None:
+        """What these adapters took out of the base's weight, in sum; None if that is nothing."""
+        if self.adapter_state.changes_stay:
+            return None
+        found = [t for name, t in self.displaced.items() if name in names and t.is_low_rank]
+        parts = [self._update_of(taken) for taken in found]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+    def weight_for(self, adapter: str) -> torch.Tensor:
+        """The base's dense values, with what others than `adapter` took out of it; don't write."""
+        weight = self.unfolded_weight()
+        others = self.taken_out(self.displaced.keys() - {adapter}) if self.displaced else None
+        return weight if others is None else weight.to(others.dtype) + others
+
+    def lent(self, names: Sequence[str]) -> torch.Tensor | None:
+        # A sum comes to the same without it, and isn't rounded.
+        if not self.displaced or all(self.records[name].variant.is_sum for name in names):
+            return None
+        return self.taken_out(self.displaced.keys() - {*names, *self.merged_adapters})
 
     @torch.no_grad()
     def give_back(self, adapter: str) -> None:

@@ -79,9 +79,18 @@ class Folding(AdapterHolder):
             names = [*self.merged_adapters, *names]
         weight = stored.to(accumulation_dtype(stored.dtype), copy=True)
         with exact(weight.device):
+            lent = self.lent(names)
+            if lent is not None:
+                weight += lent
             for name in names:
                 weight = self.records[name].variant.fold(self, name, weight)
+            if lent is not None:
+                weight -= lent
         return weight, self._folded_bias(names)
+
+    def lent(self, names: Sequence[str]) -> torch.Tensor | None:
+        """What has to be in the base's weight while these adapters are added, and not after."""
+        return None
 
     def _folded_bias(self, names: Sequence[str]) -> torch.Tensor | None:
         biased = [name for name in names if self.records[name].lora_bias]

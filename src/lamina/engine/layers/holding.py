@@ -76,6 +76,10 @@ class AdapterHolder(Switched):
         """The base's dense values without the adapters that are folded in; don't write."""
 
     @abstractmethod
+    def weight_for(self, adapter: str) -> torch.Tensor:
+        """The base's dense values, with what others than `adapter` took out of it; don't write."""
+
+    @abstractmethod
     def displace(self, adapter: str, becomes: torch.Tensor | None = None) -> None:
         """Take an adapter's update out of the base's weight, or set the weight to `becomes`."""
 

@@ -52,6 +52,9 @@ class Update(Protocol):
     def unfolded_weight(self) -> torch.Tensor:
         """The base's dense values without the adapters that are folded in; don't write."""
 
+    def weight_for(self, adapter: str) -> torch.Tensor:
+        """The base's dense values, with what others than `adapter` took out of it; don't write."""
+
 
 class Variant:
     """One method. It has no state of its own, so that one object serves all layers.

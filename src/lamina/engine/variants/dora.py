@@ -88,7 +88,7 @@ class Dora(Variant):
 
     def _norm(self, layer: Update, adapter: str) -> torch.Tensor:
         a, b = (factor.detach() for factor in layer.factors(adapter))
-        weight = layer.unfolded_weight().detach()
+        weight = layer.weight_for(adapter).detach()
         if _stored_in_by_out(layer):
             weight = weight.T
         A_RI, B_OR = a.flatten(1), b.flatten(1)
@@ -108,7 +108,7 @@ class Dora(Variant):
         """What the base gives without its bias, for the input that A has."""
         base = layer.base_layer
         if layer.training and layer.records[adapter].p > 0:
-            weight = layer.unfolded_weight().to(dropped.dtype)
+            weight = layer.weight_for(adapter).to(dropped.dtype)
             if layer.kind == "conv":
                 convolved: torch.Tensor = base._conv_forward(dropped, weight, None)
                 return convolved

@@ -14,11 +14,14 @@ class DenseWeight(BaseWeight):
     @classmethod
     def recognises(cls, layer: nn.Module) -> bool:
         weight = layer._parameters.get("weight")
-        if weight is None or type(weight.data) is not torch.Tensor:
+        # A quantiser's parameter class may sit on top of a plain tensor, or a tensor class of its
+        # own below the plain parameter; torch.func puts plain tensors into a parameter's place.
+        plain = type(weight) is torch.Tensor or (
+            type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+        )
+        if weight is None or not plain:
             return False
-        # A quantiser's parameter class may sit on top of a plain tensor.
-        plain = type(weight) is nn.Parameter
-        return plain and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+        return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -40,7 +43,7 @@ class DenseWeight(BaseWeight):
         return self.parameter.dtype
 
     def read(self) -> torch.Tensor:
-        return self.parameter.data
+        return self.parameter.detach()
 
     def swap(self, values: torch.Tensor) -> torch.Tensor:
         before = self.parameter.data
