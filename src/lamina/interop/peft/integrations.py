@@ -86,3 +86,64 @@ def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
 def get_bnb_param_type(param: Any) -> str | None:
     """The bits of bitsandbytes' parameters, "4bit" or "8bit"; None for others."""
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__)
+
+
+def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
+    """A weight of bitsandbytes as a dense one.
+
+    Args:
+        weight: the parameter; `Int8Params` also need their layer's `state`.
+        state: the layer's, with the scales of its rows.
+
+    Raises:
+        ValueError: there is no `state`, and the weight's scales lie there.
+    """
+    import bitsandbytes as bnb  # type: ignore[import-untyped, unused-ignore]
+
+    if get_bnb_param_type(weight) == "4bit":
+        packed: Any = weight
+        dense: torch.Tensor = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        return dense
+    if state is None:
+        raise ValueError("An 8-bit weight of bitsandbytes can't be read without its `state`.")
+    if state.SCB is None:
+        state.SCB = weight.SCB
+    scales = state.SCB.to(weight.device)
+    rows: torch.Tensor = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+    return rows
+
+
+def get_layer_device_map(model: Any) -> dict[int, Any]:
+    """Layer's number -> the device that it runs on; what is offloaded runs on the first other one.
+
+    Raises:
+        RuntimeError: a layer is on no device.
+    """
+    placed: dict[str, Any] = model.hf_device_map
+    main = next(device for device in placed.values() if device not in ("cpu", "disk"))
+    runs = {name: main if on in ("cpu", "disk") else on for name, on in placed.items()}
+    count = model.config.num_hidden_layers
+    if list(runs) == [""]:
+        return dict.fromkeys(range(count), runs[""])
+    found: dict[int, Any] = {}
+    for index in range(count):
+        on = [device for name, device in runs.items() if f".{index}." in f"{name}."]
+        if not on:
+            raise RuntimeError(f"layer {index} has not been mapped to a device.")
+        found[index] = on[-1]
+    return found
+
+
+def map_cache_to_layer_device_map(model: Any, cache: Any) -> None:
+    """Put the keys and values of a cache where their layers run, in place."""
+    from transformers import Cache, EncoderDecoderCache
+
+    if not isinstance(cache, Cache) or not hasattr(model, "hf_device_map"):
+        return
+    if isinstance(cache, EncoderDecoderCache):
+        map_cache_to_layer_device_map(model, cache.self_attention_cache)
+        return
+    held: Any = cache
+    for index, device in get_layer_device_map(model).items():
+        layer = held.layers[index]
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)

@@ -14,6 +14,17 @@ from lamina.engine.linears import linear_names
 from lamina.engine.names import places, suffixes
 from lamina.engine.targets import layer_index
 
+# Linear layers of quantisers and accelerators, which derive from none of torch's.
+_QUANTISED = {
+    "BaseQuantLinear",
+    "EetqLinear",
+    "HQQLinear",
+    "LayerNormLinear",
+    "Linear",
+    "PatchedLinear",
+    "QuantizedLinear",
+}
+
 
 class ExcludedModule:
     """Says no, because a module is excluded."""
@@ -129,13 +140,20 @@ def get_in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
     ):
         sizes = [getattr(module, name, None) for name in names]
         if all(isinstance(size, int) for size in sizes):
-            if not type(module).__module__.startswith(("torch.", "transformers.")):
+            if names[0] in ("in_features", "in_channels") and not _is_known(module):
                 _warn_unknown(module)
             return sizes[0], sizes[1]
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim, 3 * module.embed_dim
     _warn_unknown(module)
     return None, None
+
+
+def _is_known(module: nn.Module) -> bool:
+    torchs = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, torchs) or any(
+        kind.__name__ in _QUANTISED for kind in type(module).__mro__
+    )
 
 
 def _warn_unknown(module: nn.Module) -> None:
