@@ -95,7 +95,11 @@ def _cure(report: LoadReport, mapping: dict[str, str]) -> str:
         )
     if mapping and report.unexpected_keys:
         return f"if it is the same model under other names, pass key_mapping={mapping!r}"
-    rows = [theirs[-1] for key, theirs, _ in report.mismatched_keys if key.endswith("embedding_A")]
+    rows = [
+        theirs[1]
+        for key, theirs, ours in report.mismatched_keys
+        if key.endswith("embedding_A") and len(theirs) == 2 and theirs[0] == ours[0]
+    ]
     if rows:
         return (
             f"model.resize_token_embeddings({rows[0]}) first, with the new rows that it was "
