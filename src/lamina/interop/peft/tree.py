@@ -120,7 +120,8 @@ _LORA_FUNCTIONS = {
     "corda": "preprocess_corda CordaEigens",
     "eva": (
         "forward_fn_dict get_eva_state_dict initialize_lora_eva_weights "
-        "prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling"
+        "prepare_layer_inputs_fn_language_modeling=language_modeling_rows "
+        "prepare_model_inputs_fn_language_modeling=language_modeling_mask"
     ),
     "intruders": "reduce_intruder_dimension",
     "loraga": "preprocess_loraga",
