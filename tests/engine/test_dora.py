@@ -298,3 +298,19 @@ def test_tensors_may_stand_in_for_the_parameters() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     torch.testing.assert_close(many[1], model(x))
+
+
+def test_a_first_norm_is_computed_on_the_accelerator_only_if_asked_and_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    plain = LoraConfig(use_dora=True)
+    asked = LoraConfig(use_dora=True, runtime_config={"ephemeral_gpu_offload": True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert dora_norm.device_for(asked, cpu) == cpu
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: other)
+    assert dora_norm.device_for(plain, cpu) == cpu
+    assert dora_norm.device_for(asked, cpu) == other
+    # What lies on a device is computed there.
+    assert dora_norm.device_for(asked, other) == other

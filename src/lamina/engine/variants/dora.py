@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lamina.engine.dtypes import accumulation_dtype
 from lamina.engine.variants.base import Update, Variant
-from lamina.engine.variants.dora_norm import Magnitude, row_norms, state_of
+from lamina.engine.variants.dora_norm import Magnitude, device_for, row_norms, state_of
 from lamina.engine.weights import OpaqueWeight, weight_of
 
 _PLACE = "lora_magnitude_vector"
@@ -51,7 +51,8 @@ class Dora(Variant):
     @torch.no_grad()
     def begin(self, layer: Update, adapter: str) -> None:
         magnitude = self._magnitude(layer, adapter).weight
-        magnitude.copy_(self._norm(layer, adapter).view_as(magnitude))
+        where = device_for(layer.records[adapter].config, layer.weight_view.device)
+        magnitude.copy_(self._norm(layer, adapter, where).view_as(magnitude))
 
     def add(
         self, layer: Update, adapter: str, x: torch.Tensor, result: torch.Tensor
@@ -86,9 +87,10 @@ class Dora(Variant):
         # A row of nothing has no direction.
         return magnitude.weight.flatten() / torch.where(norm == 0, torch.ones_like(norm), norm)
 
-    def _norm(self, layer: Update, adapter: str) -> torch.Tensor:
-        a, b = (factor.detach() for factor in layer.factors(adapter))
-        weight = layer.weight_for(adapter).detach()
+    def _norm(self, layer: Update, adapter: str, where: torch.device | None = None) -> torch.Tensor:
+        """The norms; computed on the device `where`, if it isn't None."""
+        a, b = (factor.detach().to(where) for factor in layer.factors(adapter))
+        weight = layer.weight_for(adapter).detach().to(where)
         if _stored_in_by_out(layer):
             weight = weight.T
         A_RI, B_OR = a.flatten(1), b.flatten(1)

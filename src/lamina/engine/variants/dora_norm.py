@@ -37,6 +37,20 @@ def row_norms(
     return torch.cat(blocks)
 
 
+def device_for(config: Any, stored: torch.device) -> torch.device:
+    """Where a first norm is computed: where the weight is stored, or on the accelerator if asked.
+
+    Args:
+        config: the adapter's; `runtime_config.ephemeral_gpu_offload` asks for it.
+        stored: the device of the weight.
+    """
+    asked = config.runtime_config.ephemeral_gpu_offload and stored.type == "cpu"
+    if not asked or not torch.accelerator.is_available():
+        return stored
+    accelerator: torch.device | None = torch.accelerator.current_accelerator()
+    return accelerator or stored
+
+
 class DoraCaching:
     """Keep DoRA's norms between forwards in eval mode: faster, for the memory of one vector each.
 
