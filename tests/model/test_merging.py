@@ -234,3 +234,12 @@ def test_biases_that_are_switched_are_not_folded_into() -> None:
     with pytest.raises(FoldError, match="biases"):
         model.merge_adapter()
     assert same(weights(model), before)
+
+
+def test_adapters_without_weights_are_not_merged() -> None:
+    model = get_peft_model(models.tiny_llama(), llama_config(), low_cpu_mem_usage=True)
+    before = weights(model.get_base_model().model.embed_tokens)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(FoldError, match="'default' has no weights yet"):
+            merge()
+    assert same(weights(model.get_base_model().model.embed_tokens), before)

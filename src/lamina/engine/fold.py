@@ -22,6 +22,8 @@ from lamina.errors import FoldError
 
 _SHOWN = 8
 _CURE = "leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32"
+_ON_META = "no weights yet: they are on the meta device"
+_EMPTY = "load its weights first: model.load_adapter(path, adapter_name)"
 _UNTIE = "; where weights are tied, merge_and_unload(untie=True) gives each module its own"
 _QUANTISED = (
     "; or choose: merge_and_unload(target='quantized') rounds the sums to the base's codes, "
@@ -112,6 +114,7 @@ def _check_foldable(
             path,
             tied.get(id(layer.get_base_layer()))
             or layer.why_not_foldable(missing)
+            or _why_empty(layer, missing)
             or layer.why_not_rounded(requantise),
         )
         for path, layer, missing in work
@@ -122,10 +125,18 @@ def _check_foldable(
         raise FoldError(
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
-            cure=_CURE
+            cure=(_EMPTY if any(fault.endswith(_ON_META) for fault in faults) else _CURE)
             + (_UNTIE if tied else "")
             + (_QUANTISED if any(layer.weight_view.quantised for _, layer, _ in work) else ""),
         )
+
+
+def _why_empty(layer: LoraLayer, names: Iterable[str]) -> str | None:
+    """None if all adapters have values: where they are on meta, torch adds nothing in silence."""
+    for name in names:
+        if any(tensor.is_meta for tensor in layer.tensors(name).values()):
+            return f"{name!r} has {_ON_META}"
+    return None
 
 
 def _check_biases_apart(state: AdapterState, names: Iterable[str]) -> None:
