@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lamina.config import AdaLoraConfig
-from lamina.engine.layers import lora_layers
+from lamina.engine.layers import layer_class, lora_layers
 from lamina.engine.names import places
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
@@ -105,6 +105,30 @@ def _refuse_saved_containers(tuner: LoraModel, config: Any) -> None:
             raise TypeError(
                 f"modules_to_save cannot be applied to modules of type {type(place.original)}"
             )
+
+
+def refuse_own_name(tuner: LoraModel, config: Any, adapter: str) -> None:
+    """Refuse what names, beside the layers to adapt, the adapter itself: its parts are named so.
+
+    Raises:
+        ValueError: it does.
+    """
+    rows = config.trainable_token_indices
+    wanted = {
+        "ModulesToSaveWrapper": tuple(config.modules_to_save or ()),
+        "TrainableTokensWrapper": tuple(rows) if isinstance(rows, dict) else (),
+    }
+    for wrapper, names in wanted.items():
+        if not adapter.endswith(names or ("/",)):
+            continue
+        hits = (p for p in places(tuner.model) if check_target_module_exists(config, p.name))
+        kind = next((layer_class(place.original, config) for place in hits), None)
+        raise ValueError(
+            f"You are trying to target a module with <class 'peft.utils.other.{wrapper}'> that is "
+            f"a child of {kind}. This is almost certainly not the intended behavior. Please ensure "
+            f"that the adapter name, '{adapter}', does not conflict with any of the targeted "
+            "modules."
+        )
 
 
 def _set_usual(tuner: LoraModel, config: Any) -> None:
@@ -231,4 +255,4 @@ def _warn_differences(found: Fit) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-__all__ = ["Fit", "fit", "warn_misfits", "warn_of_custom"]
+__all__ = ["Fit", "fit", "refuse_own_name", "warn_misfits", "warn_of_custom"]

@@ -35,6 +35,11 @@ class LayerClass(StandsFor):
         rest = tuple(b for b in bases if not any(b is not o and b in o.__mro__ for o in bases))
         return super().__new__(mcs, name, rest, body)
 
+    def __repr__(cls) -> str:
+        # Messages name it as who reads them knows it.
+        own = cls.__module__ == "lamina.interop.peft.kinds"
+        return f"<class 'peft.tuners.lora.layer.{cls.__name__}'>" if own else super().__repr__()
+
 
 class _Places:
     """The names of the places: on the class a tuple, for a derived one to extend."""

@@ -17,7 +17,7 @@ from lamina.engine.state import AdapterState
 from lamina.errors import FoldError
 from lamina.interop.peft import constants, folding, switching, ties
 from lamina.interop.peft.beginnings import refuse_unknown_bias, warn_of_missing_bias
-from lamina.interop.peft.fitting import fit, warn_misfits, warn_of_custom
+from lamina.interop.peft.fitting import fit, refuse_own_name, warn_misfits, warn_of_custom
 from lamina.interop.peft.injected import hand_out
 from lamina.interop.peft.matching import check_target_module_exists
 from lamina.interop.peft.parts import names_tied_with_embedding
@@ -140,6 +140,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         self._refuse_mixed_kasa(config)
         ties.refuse_other_parameters(config, self.peft_config)
         misfits = fit(self, config, state_dict)
+        refuse_own_name(self, config, adapter_name)
         self.adapter_state.changes_stay = True
         with ties.told_shortly():
             native.LoraModel.add(
