@@ -256,3 +256,21 @@ def test_rows_go_their_ways_for_one_call_only() -> None:
     with pytest.raises(IndexError):
         model(input_ids=ids + models.VOCABULARY, adapter_names=NAMES)
     assert model.adapter_state.routing is None
+
+
+def test_rows_whose_adapters_train_biases_apart_are_refused() -> None:
+    config = LoraConfig(target_modules=["up", "down"], bias="lora_only")
+    model = lamina.get_peft_model(models.perceptron(), config, "a").eval()
+    model.add_adapter("b", config)
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("up.base_layer.bias"):
+                parameter.add_(1)
+        torch.testing.assert_close(model(x, adapter_names=["a", "a"]), model(x))
+        with pytest.raises(RoutingError, match="share the base's biases") as caught:
+            model(x, adapter_names=["a", "b"])
+        with pytest.raises(RoutingError, match="'__base__' has other values in 2 biases"):
+            model(x, adapter_names=["a", BASE])
+    assert "'b' has other values" in str(caught.value)
+    assert "'a' has" not in str(caught.value)

@@ -127,6 +127,7 @@ def _checked(
             "Cannot pass `adapter_names` when the model is in training mode.", cure="model.eval()"
         )
     _check_known(names, state)
+    _check_biases(names, state)
     if state.folded_layers:
         refuse_folded([n for _, layer in lora_layers(model) for n in layer.merged_adapters][:1])
     batch = _batch(args, kwargs)
@@ -146,6 +147,24 @@ def _check_known(names: Sequence[str], state: AdapterState) -> None:
                 for close in nearest(name, [BASE, *state.configs])
             ],
             cure=f"name some of: {', '.join(map(repr, [BASE, *state.configs]))}",
+        )
+
+
+def _check_biases(names: Sequence[str], state: AdapterState) -> None:
+    """Refuse rows whose adapters would need other biases of the base than those in it now."""
+    biases = state.biases
+    faults = []
+    for name in dict.fromkeys(names):
+        own = () if name == BASE else (name,)
+        other = [each for each, shown in biases.shown.items() if biases.owner(each, own) != shown]
+        if other:
+            faults.append(f"{name!r} has other values in {len(other)} biases, such as {other[0]}")
+    if faults:
+        raise RoutingError(
+            "The rows of a batch share the base's biases, and adapters with bias='all' or "
+            "'lora_only' train them.",
+            faults=faults,
+            cure="answer for one adapter at a time: model.set_adapter(name)",
         )
 
 
