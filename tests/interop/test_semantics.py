@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lamina
@@ -156,3 +157,30 @@ def test_mixed_models_activate_several_adapters_and_are_not_saved(tmp_path):
     assert not torch.allclose(model(x), alone)
     with pytest.raises(NotImplementedError):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "more", [{"modules_to_save": ["mine"]}, {"trainable_token_indices": {"mine": [0]}}]
+)
+def test_what_names_the_adapter_itself_is_refused(more):
+    model = base()
+
+    with pytest.raises(ValueError, match=r"child of <class 'peft.tuners.lora.layer.Linear'>"):
+        get_peft_model(model, config("0", **more), adapter_name="mine")
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_a_replaced_state_dict_says_what_is_saved(tmp_path):
+    model = get_peft_model(base(), config("0", "2"))
+    tensors = model.state_dict()
+    del tensors["base_model.model.2.lora_A.default.weight"]
+    model.state_dict = lambda: tensors
+
+    model.save_pretrained(tmp_path)
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition("model.")[2] for name in saved} == {
+        "0.lora_A.weight",
+        "0.lora_B.weight",
+        "2.lora_B.weight",
+    }

@@ -100,14 +100,14 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tens
     """
     import bitsandbytes as bnb  # type: ignore[import-untyped, unused-ignore]
 
+    packed: Any = weight
     if get_bnb_param_type(weight) == "4bit":
-        packed: Any = weight
         dense: torch.Tensor = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
         return dense
     if state is None:
         raise ValueError("An 8-bit weight of bitsandbytes can't be read without its `state`.")
     if state.SCB is None:
-        state.SCB = weight.SCB
+        state.SCB = packed.SCB
     scales = state.SCB.to(weight.device)
     rows: torch.Tensor = bnb.functional.int8_vectorwise_dequant(weight.data, scales)
     return rows
