@@ -146,3 +146,63 @@ def test_replaced_rows_are_no_lora_layer():
 
     assert not isinstance(model.table.token_adapter, kinds.LoraLayer)
     assert isinstance(model.lin, kinds.LoraLayer)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 3, 4))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.weight)
+
+
+def filled(layer):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(layer.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.rand_like(parameter))
+    return layer
+
+
+def test_an_attention_built_by_hand_answers_as_pefts():
+    x = torch.randn(3, 2, 4)
+    layers = [
+        filled(
+            names.MultiheadAttention(
+                seeded(nn.MultiheadAttention, 4, 2), "default", names.Config(), r=2, lora_alpha=4
+            )
+        )
+        for names in BOTH
+    ]
+    real, ours = (layer(x, x, x)[0] for layer in layers)
+
+    assert layers[0].state_dict().keys() >= layers[1].state_dict().keys()
+    torch.testing.assert_close(ours, real)
+    assert not torch.allclose(ours, seeded(nn.MultiheadAttention, 4, 2)(x, x, x)[0])
+
+
+def test_a_parameter_wrapped_by_hand_answers_as_pefts():
+    x = torch.randn(5, 4)
+    real, ours = (
+        filled(
+            names.ParamWrapper(
+                seeded(Experts),
+                "default",
+                parameter_name="weight",
+                config=names.Config(),
+                r=2,
+                lora_alpha=4,
+            )
+        )
+        for names in BOTH
+    )
+
+    torch.testing.assert_close(ours(x), real(x))
+    assert not torch.allclose(ours(x), seeded(Experts)(x))
+    for names in BOTH:
+        with pytest.raises(ValueError, match="does not work with lora_dropout"):
+            names.ParamWrapper(
+                Experts(), "a", parameter_name="weight", config=names.Config(lora_dropout=0.1), r=2
+            )

@@ -266,8 +266,9 @@ def _built(
     layer._stand(base_layer, *more)
     layer.kwargs = options
     layer.ephemeral_gpu_offload = options.get("ephemeral_gpu_offload", False)
-    # Only for its warning: the engine takes the sizes from the layer itself.
-    layer._get_in_out_features(layer.get_base_layer())
+    if not more:
+        # Only for its warning: the engine takes the sizes from the layer itself.
+        layer._get_in_out_features(layer.get_base_layer())
     layer._active_adapter = adapter
     layer.update_layer(adapter, r, lora_alpha=lora_alpha, config=config, **options)
 

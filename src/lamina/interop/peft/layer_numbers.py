@@ -157,6 +157,24 @@ class Noted(native.LoraLayer, metaclass=LayerClass):
     @_active_adapter.setter
     def _active_adapter(self, names: str | Iterable[str]) -> None:
         told = (names,) if isinstance(names, str) else tuple(names)
-        self.know(told)
+        if self.alone:
+            self.know(told)
+            self.adapter_state.activate(told)
+            return
         setter: Any = native.LoraLayer._active_adapter
         setter.fset(self, told)
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Make adapters active in this layer, and trainable unless `inference_mode`."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for layer in self._told():
+            native.LoraLayer.set_adapter(layer, names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters of this layer on, making the active ones trainable, or off."""
+        for layer in self._told():
+            native.LoraLayer.enable_adapters(layer, enabled)
+
+    def _told(self) -> list[Any]:
+        """Who obeys: of a layer that was built by hand, the layers inside too."""
+        return list(self.adapter_state.members) if self.alone else [self]
