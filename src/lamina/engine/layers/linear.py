@@ -38,7 +38,8 @@ class Linear(LoraLayer):
     def update(self, adapter: str, x: torch.Tensor) -> torch.Tensor:
         a: Any = self.lora_A[adapter]
         b: Any = self.lora_B[adapter]
-        if _hooked(a) or _hooked(b):
+        # Offloading and layerwise casting bring a weight into place right before its module runs.
+        if a._forward_pre_hooks or b._forward_pre_hooks or a._forward_hooks or b._forward_hooks:
             scaled: torch.Tensor = b(a(x)) * self.records[adapter].scaling
             return scaled
         return lora_linear(x, a.weight, b.weight, b.bias, self.records[adapter].scaling)
@@ -47,11 +48,6 @@ class Linear(LoraLayer):
         a, b = self.factors(adapter)
         delta = lora_linear_delta(a, b, self.records[adapter].scaling)
         return delta.T if self.fan_in_fan_out else delta
-
-
-def _hooked(module: nn.Module) -> bool:
-    # Offloading and layerwise casting bring a weight into place right before its module's forward.
-    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def store_in_by_out(layers: Iterable[LoraLayer]) -> bool:

@@ -194,6 +194,10 @@ class PeftNames(Displacing):
         return f"lora.{super().__repr__()}"
 
     def __getattr__(self, name: str) -> Any:
+        # Every forward comes by here for the base layer and the factors.
+        own = self.__dict__.get("_modules", {}).get(name)
+        if own is not None:
+            return own
         # Models read attributes of their own layers: in_features, embedding_dim, stride ...
         try:
             return super().__getattr__(name)
