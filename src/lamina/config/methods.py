@@ -38,15 +38,13 @@ class MethodConfig:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high or math.isinf(value):
-                least = "non-negative" if low == 0 else f">= {low}"
-                wanted = f"between {low} and {high}." if high < _NO_LIMIT else least
-                lines.append(f"{name}={value!r}: `{name}` must be {wanted}")
+                lines.append(_limit(name, value, low, high))
         return lines
 
     def _strangers(self, choices: Mapping[str, Sequence[str]]) -> list[str]:
         """A line for each field whose value is none of its choices."""
         return [
-            f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, known))}"
+            f"Unsupported `{name}` {getattr(self, name)!r}. Supported values are {_spoken(known)}."
             for name, known in choices.items()
             if getattr(self, name) not in known
         ]
@@ -54,6 +52,23 @@ class MethodConfig:
 
 _NO_LIMIT = float("inf")
 _TINY = 1e-12
+
+
+def _limit(name: str, value: object, low: float, high: float) -> str:
+    if high < _NO_LIMIT:
+        return f"{name}={value!r}: `{name}` must be between {low} and {high}."
+    # EVA's rho is a factor: its least value, 1.0, is said.
+    if low == _TINY or (low == 1 and isinstance(low, int)):
+        return f"`{name}` should be positive, got {value!r}."
+    least = "non-negative" if low == 0 else f">= {low}"
+    return f"{name}={value!r}: `{name}` must be {least}"
+
+
+def _spoken(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names]
+    if len(shown) < 3:
+        return " and ".join(shown)
+    return f"{', '.join(shown[:-1])}, and {shown[-1]}"
 
 
 @dataclass
@@ -173,7 +188,7 @@ class VeloraConfig(MethodConfig):
 
     def faults(self) -> list[str]:
         limits = {"num_groups": (1, _NO_LIMIT), "scale": (_TINY, _NO_LIMIT)}
-        choices = {"init_type": ("batch_average", "batch_average_once", "random")}
+        choices = {"init_type": ("batch_average_once", "batch_average", "random")}
         return self._beyond(limits) + self._strangers(choices)
 
 
@@ -227,7 +242,9 @@ class BdLoraConfig(MethodConfig):
         of_a, of_b = (names if isinstance(names, (list, tuple, set)) else () for names in lists)
         both = sorted(str(name) for name in of_a if name in of_b)
         lines = self._beyond({"nblocks": (1, _NO_LIMIT)})
-        return lines + [f"{both}: overlapping, in the lists of A and of B"] * bool(both)
+        return lines + [f"Found overlapping modules in target_modules_bd lists: {both}"] * bool(
+            both
+        )
 
 
 @dataclass

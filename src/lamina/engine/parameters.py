@@ -74,8 +74,9 @@ def why_not(hit: ParameterHit, adapted: Collection[str]) -> str | None:
     foreign = isinstance(place.module, LoraLayer) and not isinstance(place.module, ParamWrapper)
     if foreign or place.name in adapted:
         return (
-            f"{hit.name}: Trying to wrap an `nn.Parameter` of layer '{place.name}', which is "
-            "adapted as a module; take it out of target_modules, or out of target_parameters"
+            f"{hit.name}: Trying to wrap an `nn.Parameter` of layer '{place.name}' of type "
+            f"{type(place.original).__name__}, which is not a valid target. It is adapted as a "
+            "module; take it out of target_modules, or out of target_parameters"
         )
     ndim = dict(own_parameters(place.original))[hit.parameter].ndim
     if ndim not in (2, 3):

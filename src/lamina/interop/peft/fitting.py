@@ -13,6 +13,7 @@ from torch import nn
 from lamina.config import AdaLoraConfig
 from lamina.engine.layers import layer_class, lora_layers
 from lamina.engine.names import places
+from lamina.engine.parameters import find_parameters
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
 from lamina.interop.peft.building import BuiltLayer
@@ -41,12 +42,14 @@ class Fit:
         unused_exclusions: whether there are patterns to exclude, and none of them excludes.
         named: the modules that tensors are named after; None if there were none.
         by_config: those that the config means.
+        idle_parameters: whether there are parameters to adapt, and none is found.
     """
 
     config: Any
     unused_exclusions: bool
     named: set[str] | None
     by_config: set[str]
+    idle_parameters: bool = False
 
 
 def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None) -> Fit:
@@ -79,10 +82,12 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         exact = copy.copy(config)
         exact.target_modules = set(named)
         exact.exclude_modules, exact.layers_to_transform = None, None
-    if not (meant if named is None else named) and not config.target_parameters:
+    parameters = find_parameters(places(tuner.model), config.target_parameters or ())
+    if not (meant if named is None else named) and not parameters:
         raise NoMatchingPeftModuleError(_nothing(config, excluded, len(names)))
     unused = bool(config.exclude_modules) and not excluded
-    return Fit(config if named is None else exact, unused, named, meant)
+    idle = bool(config.target_parameters) and not parameters
+    return Fit(config if named is None else exact, unused, named, meant, idle)
 
 
 def _is_dummy(config: Any) -> bool:
@@ -173,7 +178,10 @@ def _nothing(config: Any, excluded: list[str], count: int) -> str:
             "Check your `target_modules`, `exclude_modules` and `modules_to_save` configuration."
         )
     if not excluded and not config.target_modules:
-        return "No `target_modules` passed but also no `target_parameters` found."
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. Please check the "
+            "values for these arguments."
+        )
     if not excluded:
         return (
             f"Target modules {config.target_modules} not found in the base model. "
@@ -201,6 +209,12 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
     elif config.target_modules and not (adapted or _is_dummy(config)):
         warnings.warn(
             f"target_modules={config.target_modules} were set but no module was matched.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    if found.idle_parameters:
+        warnings.warn(
+            f"target_parameters={config.target_parameters} were set but no parameter was matched.",
             RuntimeWarning,
             stacklevel=4,
         )
