@@ -10,6 +10,7 @@ from lamina.engine.layers import LoraLayer
 from lamina.engine.state import AdapterState
 from lamina.engine.trainability import apply_trainability, count_parameters, declare_trainable
 from lamina.errors import AdapterNameError
+from lamina.model import get_peft_model
 from tests import models
 from tests.adapters import trained, weights
 from tests.engine.adapters import adapt, assert_same, layer_of
@@ -281,3 +282,15 @@ def test_the_config_is_what_is_registered() -> None:
     assert state.active == ()
     assert state.trainable == frozenset()
     assert state.check_known(["a", "a"]) == ("a",)
+
+
+def test_biases_are_swapped_in_parameters_that_were_put_in_later() -> None:
+    config = LoraConfig(target_modules=["up"], bias="lora_only")
+    model = get_peft_model(models.perceptron(), config).eval()
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True)
+    held = model.get_base_model().up.base_layer
+    base = models.perceptron().up.bias
+    with model.disable_adapter():
+        assert torch.equal(held.bias, base)
+    assert torch.equal(held.bias, base + 1)
+    assert torch.equal(model.adapter_state.biases.of("default")["up.bias"], base + 1)

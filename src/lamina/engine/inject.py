@@ -228,11 +228,11 @@ def _save_module(
     return wrapper
 
 
-def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Parameter]:
-    """The base's biases that `bias=which` means, by their plain names."""
+def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Module]:
+    """The modules whose biases `bias=which` means, by the biases' plain names."""
     if which == "none":
         return {}
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, nn.Module] = {}
     whole: list[str] = []
     for place in places(model):
         if isinstance(place.module, ModulesToSaveWrapper):
@@ -241,9 +241,9 @@ def _biases(model: nn.Module, which: str, adapted: set[str]) -> dict[str, nn.Par
         bias = place.original._parameters.get("bias")
         if bias is None or any(within(place.name, outer) for outer in whole):
             continue
-        known = any(bias is other for other in found.values())
+        known = any(bias is other.bias for other in found.values())
         if not known and (which == "all" or place.name in adapted):
-            found[f"{place.name}.bias" if place.name else "bias"] = bias
+            found[f"{place.name}.bias" if place.name else "bias"] = place.original
     return found
 
 

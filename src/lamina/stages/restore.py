@@ -129,13 +129,13 @@ def _hit_exactly(model: PeftModel, config: LoraConfig, modules: set[str]) -> Non
 
 def _adopt(model: PeftModel, adapter: str, biases: list[str]) -> None:
     """Let an adapter own exactly these biases."""
-    parameters = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.get_base_model().named_parameters()
-        if name.endswith("bias")
+    modules = {
+        f"{name}.bias".removeprefix(".").replace(".base_layer.", "."): module
+        for name, module in model.get_base_model().named_modules()
+        if module._parameters.get("bias") is not None
     }
     model.adapter_state.biases.adopt(
-        adapter, {name: parameters[name] for name in biases if name in parameters}
+        adapter, {name: modules[name] for name in biases if name in modules}
     )
 
 
