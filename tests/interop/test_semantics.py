@@ -184,3 +184,13 @@ def test_a_replaced_state_dict_says_what_is_saved(tmp_path):
         "0.lora_B.weight",
         "2.lora_B.weight",
     }
+
+
+def test_a_second_copy_of_a_module_begins_as_the_base_has_it():
+    model = get_peft_model(base(), config("0", modules_to_save=["2"]), "one")
+    wrapper = model.base_model.model[2]
+    with torch.no_grad():
+        wrapper.modules_to_save["one"].weight.add_(1)
+    model.add_adapter("two", config("0", modules_to_save=["2"]))
+
+    assert torch.equal(wrapper.modules_to_save["two"].weight, base()[2].weight)

@@ -59,6 +59,8 @@ class AdapterState:
         changes_stay: leave the base as initialisations changed it (PiSSA and its like), whether
             their adapters take part or not, and also when they go; else it gets back what it had.
         requantise: whether folding may round to the codes of a quantised base without being asked.
+        copies_begin_as_base: let modules that are trained whole begin as the base has them; else
+            as the forward takes them when an adapter is added.
         routing: which rows go to which adapters in the forward that is running; mostly None.
     """
 
@@ -73,6 +75,7 @@ class AdapterState:
     replication: Any = None
     changes_stay: bool = False
     requantise: bool = False
+    copies_begin_as_base: bool = False
     routing: Routing | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -31,13 +31,14 @@ class ModulesToSaveWrapper(Switched):
         self.train(module_to_save.training)
 
     def add_adapter(self, name: str, tied_to: ModulesToSaveWrapper | None = None) -> None:
-        """Give an adapter its copy; it begins as what the forward takes now.
+        """Give an adapter its copy; it begins as what the forward takes now, or as the original.
 
         Args:
             name: the adapter.
             tied_to: the wrapper of the embedding whose copy's weight this copy shares.
         """
-        original: Any = self.effective()
+        anew = self.adapter_state.copies_begin_as_base
+        original: Any = self.original_module if anew else self.effective()
         if tied_to is None:
             self.modules_to_save[name] = copy.deepcopy(original)
             return

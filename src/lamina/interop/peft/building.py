@@ -51,7 +51,7 @@ def _adapting(state: AdapterState) -> Iterator[None]:
 
 def _own_state() -> AdapterState:
     # As in the drop-in's models.
-    return AdapterState(requantise=True, changes_stay=True)
+    return AdapterState(requantise=True, changes_stay=True, copies_begin_as_base=True)
 
 
 class BuiltLayer(Noted):

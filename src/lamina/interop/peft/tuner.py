@@ -142,6 +142,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         misfits = fit(self, config, state_dict)
         refuse_own_name(self, config, adapter_name)
         self.adapter_state.changes_stay = True
+        self.adapter_state.copies_begin_as_base = True
         with ties.told_shortly():
             native.LoraModel.add(
                 self,
