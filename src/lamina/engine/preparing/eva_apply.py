@@ -17,6 +17,8 @@ from lamina.engine.targets import spell
 from lamina.engine.trainability import apply_trainability
 from lamina.errors import InitialisationError
 
+_PREFIX = "base_model.model."
+
 # More names than these are written by their endings.
 _MANY = 20
 
@@ -62,13 +64,14 @@ def apply_state_dict(
         InitialisationError: the directions aren't those of the adapter's layers; it is unchanged.
     """
     here = {name: layer for name, layer in lora_layers(model) if adapter in layer.records}
+    directions = _named_as(here, directions)
     _check_directions(here, directions)
     plain = {id(layer): name for name, layer in adapted_layers(model)}
     config = state.configs[adapter]
     settings: Any = config.eva_config
     ranks, alphas, kept, missing = {}, {}, [], []
     for name, layer in here.items():
-        own, record = plain[id(layer)].removeprefix("base_model.model."), layer.records[adapter]
+        own, record = plain[id(layer)].removeprefix(_PREFIX), layer.records[adapter]
         if name not in directions:
             _begin(layer, adapter, record, None)
             missing.append(own)
@@ -97,6 +100,14 @@ def apply_state_dict(
             f"not found in the eva state_dict: {missing}\nEVA is made for linear layers.",
             stacklevel=3,
         )
+
+
+def _named_as(
+    here: Mapping[str, LoraLayer], directions: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Directions of the plain model, by the names that its layers have now that it is wrapped."""
+    plain = {name.removeprefix(_PREFIX): name for name in here}
+    return {plain.get(name, name): tensor for name, tensor in directions.items()}
 
 
 def _check_directions(
@@ -137,7 +148,6 @@ def _spelt(model: nn.Module, names: list[str]) -> set[str]:
     if len(names) < _MANY:
         return set(names)
     everything = list(places(model))
-    prefix = "base_model.model."
-    adorned = any(place.name.startswith(prefix) for place in everything)
-    whole = {prefix + name if adorned else name for name in names}
-    return {name.removeprefix(prefix) for name in spell(everything, whole)}
+    adorned = any(place.name.startswith(_PREFIX) for place in everything)
+    whole = {_PREFIX + name if adorned else name for name in names}
+    return {name.removeprefix(_PREFIX) for name in spell(everything, whole)}

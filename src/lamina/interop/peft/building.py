@@ -254,7 +254,8 @@ class BuiltLayer(Noted):
             return super().tensors(name)
         spelling = self.records[name].variant.spelling
         found: dict[str, nn.Parameter] = {}
-        for place in dict.fromkeys((*self.factor_names, *self.adapter_layer_names)):
+        own = [place for place in self._modules if place.startswith("lora_")]
+        for place in dict.fromkeys((*self.factor_names, *self.adapter_layer_names, *own)):
             holder: Any = self._modules.get(place)
             held = holder[name] if holder is not None and name in holder else None
             if isinstance(held, nn.Parameter):

@@ -20,9 +20,7 @@ import torch
 from torch import nn
 
 from lamina.config import ALL_LINEAR
-from lamina.engine.linears import linear_names
-from lamina.engine.names import places
-from lamina.interop.peft.matching import check_target_module_exists
+from lamina.interop.peft.matching import all_linear, check_target_module_exists
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _leaves(config: Any, model: nn.Module, kind: Experts) -> set[str]:
     if not isinstance(targets, str):
         return set(targets)
     if targets.lower() == ALL_LINEAR:
-        linear = linear_names(list(places(model)), model)
+        linear = all_linear(config, model)
         return {name.rpartition(".")[2] for name in linear} | set(kind.parameters)
     whole = [name for name, _ in model.named_modules()]
     held = [name for name, _ in model.named_parameters()]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lamina.config import ALL_LINEAR
+from lamina.config import ALL_LINEAR, TaskType
 from lamina.engine.linears import linear_names
 from lamina.engine.names import places, suffixes
 from lamina.engine.targets import layer_index
@@ -95,8 +95,18 @@ def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     """Replace "all-linear" by the names that it means in a model."""
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        peft_config.target_modules = set(linear_names(list(places(model)), model))
+        peft_config.target_modules = set(all_linear(peft_config, model))
     return peft_config
+
+
+def all_linear(config: Any, model: nn.Module) -> list[str]:
+    """What "all-linear" means: a head is left out only where transformers or the task names it."""
+    from transformers import PreTrainedModel
+
+    known = isinstance(model, PreTrainedModel)
+    named = known and model.get_output_embeddings() is not None
+    classifies = known and config.task_type == TaskType.SEQ_CLS
+    return linear_names(list(places(model)), model, include_head=not (named or classifies))
 
 
 def find_minimal_target_modules(

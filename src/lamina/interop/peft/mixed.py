@@ -93,6 +93,12 @@ class PeftMixedModel(PeftModel):
             f"Model card creation is not supported for {type(self).__name__} (yet)."
         )
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not for mixed models."""
+        raise NotImplementedError(
+            f"Weighted adapters are not supported for {type(self).__name__} (yet)."
+        )
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Not for mixed models."""
         raise NotImplementedError(f"Saving is not supported for {type(self).__name__} (yet).")

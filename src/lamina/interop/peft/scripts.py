@@ -57,10 +57,13 @@ def update_signature(model: Any, method: str = "all") -> None:
 
 def _show(model: Any, name: str, unspoken: tuple[set[str], ...]) -> None:
     own = getattr(model, name)
-    if set(inspect.signature(own).parameters) not in unspoken:
+    said = inspect.signature(own).parameters
+    # Lamina's own says `*args`, the usual names and `**kwargs`.
+    if set(said) not in unspoken and "args" not in said:
         return
     code = own.__func__
     copy = FunctionType(code.__code__, code.__globals__, name, code.__defaults__, code.__closure__)
+    copy.__kwdefaults__ = code.__kwdefaults__
     shown = ("__doc__", "__name__", "__annotations__")
     functools.update_wrapper(copy, getattr(type(model.get_base_model()), name), assigned=shown)
     setattr(model, name, MethodType(copy, model))

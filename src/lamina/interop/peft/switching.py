@@ -56,8 +56,21 @@ def delete_adapter(
     state = find_state(model)
     if state is None:
         return None
-    remove(model, adapter_name, state)
+    if adapter_name in state.configs:
+        remove_adapter(model, adapter_name, state)
     return list(state.active) or None
+
+
+def remove_adapter(model: nn.Module, adapter_name: str, state: AdapterState) -> None:
+    """Remove an adapter; where it was the only active one, tell which one takes over."""
+    alone = tuple(state.active) == (adapter_name,)
+    remove(model, adapter_name, state)
+    if alone and state.active:
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+            f"{state.active[0]}.",
+            stacklevel=4,
+        )
 
 
 def set_requires_grad(

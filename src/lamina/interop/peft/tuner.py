@@ -252,12 +252,30 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         try:
-            super().delete_adapter(adapter_name)
+            switching.remove_adapter(self.model, adapter_name, self.adapter_state)
         except FoldError as error:
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
                 "Please unmerge them first."
             ) from error
+
+    def add_weighted_adapter(  # type: ignore[override]
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter made of others; one that is there already stays as it is."""
+        if adapter_name in self.peft_config:
+            warnings.warn(
+                f"There is an adapter {adapter_name!r} already, which is left as it is: delete it "
+                "first to make it anew.",
+                stacklevel=3,
+            )
+            return
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
     # --- taking apart ------------------------------------------------------------------------
 
