@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,18 @@ def test_a_terminal_that_knows_no_arrows_gets_no_traceback(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "32 ? 16" in done.stdout
+
+
+def test_a_verb_prints_nothing_of_what_quantisers_note_when_they_are_imported(
+    tmp_path: Path,
+) -> None:
+    """Transformers imports them, installed or not asked for."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lamina", "targets", str(files("lamina.demo") / "base")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert "all-linear" in done.stdout
+    assert done.stderr == ""

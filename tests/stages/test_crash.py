@@ -51,7 +51,7 @@ def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
     moments = random.Random(0)
     versions: list[int] = []
     with saver:
-        # However busy the machine is, a child gets about one save done.
+        # However busy the machine is, a child gets about one save done, sooner or later.
         longest = 2.5 * float(saver.stdout.readline())
         for _ in range(KILLS):
             print(file=saver.stdin, flush=True)
@@ -60,6 +60,8 @@ def test_kill_9_at_random_moments_of_saving_a_stage(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             assert saver.stdout.readline() == "dead\n"
             versions.append(version(path))
+            if versions[-2:-1] == versions[-1:]:
+                longest *= 1.2
         saver.stdin.close()
     assert saver.returncode == 0
     # Each child went on where the directory stood, or died before its first save was published.

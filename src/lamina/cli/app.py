@@ -17,7 +17,7 @@ from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
 from lamina.cli.targets import targets
-from lamina.cli.terminal import print_error
+from lamina.cli.terminal import hush_imports, print_error
 from lamina.errors import LaminaError
 
 EXIT_CODE = 2
@@ -53,6 +53,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -60,7 +61,9 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    # A script that is run keeps all that its libraries say.
+    if ctx.invoked_subcommand != "as-peft":
+        hush_imports()
 
 
 for _verb in (demo, inspect, lineage, targets, merge, convert, env):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +24,6 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the adapters' start and the order of texts.")] = 0,
 ) -> None:
     """Take a small model through three LoRA stages of real text and show what each one did."""
-    # When it is imported, it notes that kernels are missing which the demo doesn't use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from lamina.cli.inspect import inspect
     from lamina.demo.run import run_demo
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -108,3 +109,12 @@ def some(names: Sequence[str], shown: int = 4) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def hush_imports() -> None:
+    """Keep off the terminal what quantisers note when Transformers imports them.
+
+    It is about kernels for other devices, and about torch's own ways.
+    """
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
