@@ -87,6 +87,10 @@ class FoldError(LaminaError, ValueError, RuntimeError):
     """An update can't be added to the base weights, or can't be taken out again."""
 
 
+class NotFoldableError(FoldError, NotImplementedError):
+    """A layer's base can't take the update in, whatever the values are."""
+
+
 class CheckpointError(LaminaError, ValueError):
     """An adapter directory can't be read or written."""
 

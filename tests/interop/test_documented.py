@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lamina.interop.peft.lora_eva import get_eva_state_dict, initialize_lora_eva
 from lamina.interop.peft.mixed import PeftMixedModel
 from lamina.interop.peft.scripts import update_forward_signature
 from lamina.interop.peft.switching import delete_adapter
+from lamina.interop.peft.trainable_tokens import TrainableTokensConfig
 from tests import models
 
 
@@ -147,3 +149,36 @@ def test_parameters_of_layers_of_your_own_are_saved_and_loaded(tmp_path):
     x = torch.randn(2, 4)
     assert torch.equal(again(x), model(x))
     assert torch.equal(again.base_model.model[1].lora_scale["default"], torch.full((4,), 3.0))
+
+
+def test_rows_of_a_table_that_is_adapted_itself_are_refused():
+    settings = LoraConfig(r=2, target_modules=["embed_tokens"], trainable_token_indices=[0, 1])
+    base = models.tiny_llama()
+
+    with pytest.raises(TypeError, match=r"modules of type <class 'peft.*layer.Embedding'>"):
+        get_peft_model(base, settings)
+    assert type(base.model.embed_tokens) is nn.Embedding
+
+
+def test_the_file_of_trained_rows_holds_that_methods_settings_only(tmp_path):
+    settings = TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"])
+    get_peft_model(models.tiny_llama(), settings).save_pretrained(tmp_path)
+
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written.keys() == {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "init_weights"),
+        *("peft_type", "peft_version", "revision", "target_modules", "task_type"),
+        "token_indices",
+    }
+    assert (written["peft_type"], written["token_indices"]) == ("TRAINABLE_TOKENS", [1, 3])
+
+
+def test_what_can_never_be_merged_is_not_implemented():
+    settings = config("q_proj", alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+    model = get_peft_model(models.tiny_llama(), settings)
+
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
+            merge()
+    with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
+        model.base_model.model.model.layers[0].self_attn.q_proj.merge()

@@ -18,7 +18,7 @@ from lamina.engine.layers.folding import warn_of_rounding
 from lamina.engine.names import places
 from lamina.engine.state import AdapterState
 from lamina.engine.ties import shared_folds, untie
-from lamina.errors import FoldError
+from lamina.errors import FoldError, NotFoldableError
 
 _SHOWN = 8
 _CURE = "leave the adapter unfolded (mode 'stack'), or load a dense base, in bf16 or fp32"
@@ -122,7 +122,7 @@ def _check_foldable(
     faults = [f"{path}: {reason}" for path, reason in reasons if reason]
     if faults:
         more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-        raise FoldError(
+        raise NotFoldableError(
             f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
             faults=[*faults[:_SHOWN], *more],
             cure=(_EMPTY if any(fault.endswith(_ON_META) for fault in faults) else _CURE)

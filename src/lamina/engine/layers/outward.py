@@ -13,7 +13,7 @@ from lamina.engine.dtypes import exact
 from lamina.engine.layers.displacing import Displacing
 from lamina.engine.layers.folding import warn_of_rounding
 from lamina.engine.layers.record import FrozenView, LayerAdapter, RecordView, VariantView
-from lamina.errors import FoldError
+from lamina.errors import FoldError, NotFoldableError
 
 # Places that code looks for in every layer, whether it has them or not.
 _MODULE_PLACES = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -152,7 +152,7 @@ class PeftNames(Displacing):
             return
         reason = self.why_not_foldable(missing) or self.why_not_rounded(None)
         if reason:
-            raise FoldError(f"This layer can't be folded into: {reason}.")
+            raise NotFoldableError(f"This layer can't be folded into: {reason}.")
         if safe_merge and not self.is_finite(missing):
             raise FoldError(
                 f"NaNs detected in the merged weights. The adapter {missing} seems to be broken"

@@ -12,8 +12,9 @@ from torch import nn
 
 from lamina.config import AdaLoraConfig
 from lamina.engine.layers import layer_class, lora_layers
-from lamina.engine.names import places
+from lamina.engine.names import places, suffixes
 from lamina.engine.parameters import find_parameters
+from lamina.engine.ties import input_embedding
 from lamina.errors import ConfigError
 from lamina.interop.peft import constants
 from lamina.interop.peft.building import BuiltLayer
@@ -82,6 +83,7 @@ def fit(tuner: LoraModel, config: Any, state_dict: dict[str, Any] | None = None)
         exact = copy.copy(config)
         exact.target_modules = set(named)
         exact.exclude_modules, exact.layers_to_transform = None, None
+    _refuse_rows_of(tuner.model, config, meant)
     parameters = find_parameters(places(tuner.model), config.target_parameters or ())
     if not (meant if named is None else named) and not parameters:
         raise NoMatchingPeftModuleError(_nothing(config, excluded, len(names)))
@@ -109,6 +111,22 @@ def _refuse_saved_containers(tuner: LoraModel, config: Any) -> None:
         if place.name.endswith(wanted) and isinstance(place.original, _CONTAINERS):
             raise TypeError(
                 f"modules_to_save cannot be applied to modules of type {type(place.original)}"
+            )
+
+
+def _refuse_rows_of(model: nn.Module, config: Any, targets: set[str]) -> None:
+    """Refuse rows of a table that is adapted itself; Lamina's own models do both."""
+    rows = config.trainable_token_indices
+    if not rows:
+        return
+    everything = list(places(model))
+    tables = set(rows) if isinstance(rows, dict) else {input_embedding(model, everything)}
+    for place in everything:
+        if place.name in targets and tables & set(suffixes(place.name)):
+            raise TypeError(
+                "trainable_token_indices cannot be applied to modules of type "
+                f"{layer_class(place.original, config)}: leave {place.name} out of target_modules, "
+                "or train both with lamina.get_peft_model."
             )
 
 

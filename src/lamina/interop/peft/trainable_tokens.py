@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,6 +14,7 @@ from lamina.engine.layers import TrainableTokensLayer
 from lamina.engine.names import adapted_layers, places, suffixes
 from lamina.engine.ties import input_embedding
 from lamina.interop.peft import ties
+from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.lora_config import LoraConfig
 from lamina.interop.peft.tuner import LoraModel
 from lamina.interop.peft.types import NoMatchingPeftModuleError, PeftType
@@ -38,6 +39,12 @@ class TrainableTokensConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.TRAINABLE_TOKENS
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings of this method; those of LoRA, which it derives from, are no part of it."""
+        own = {f.name for f in fields(PeftConfig)} | {"token_indices", "target_modules"}
+        values = super().to_dict()
+        return {name: values[name] for name in values if name in own | {"init_weights"}}
 
 
 @dataclass
