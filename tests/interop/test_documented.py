@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.config import EvaConfig
+from lamina.config import EvaConfig, LoraGAConfig
+from lamina.interop.peft.adalora import AdaLoraConfig
 from lamina.interop.peft.adapting import get_peft_model
 from lamina.interop.peft.facade import PeftModel
 from lamina.interop.peft.injecting import inject_adapter_in_model
 from lamina.interop.peft.kinds import LoraLayer
 from lamina.interop.peft.lora_config import LoraConfig
 from lamina.interop.peft.lora_eva import get_eva_state_dict, initialize_lora_eva_weights
+from lamina.interop.peft.lora_loraga import estimate_gradients
 from lamina.interop.peft.mixed import PeftMixedModel
 from lamina.interop.peft.scripts import update_forward_signature
 from lamina.interop.peft.switching import delete_adapter
@@ -182,3 +184,31 @@ def test_what_can_never_be_merged_is_not_implemented():
             merge()
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         model.base_model.model.model.layers[0].self_attn.q_proj.merge()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "layer"),
+    [
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=9), "ADALORA", "adalora.SVDLinear"),
+        (TrainableTokensConfig(token_indices=[1]), "TRAINABLE_TOKENS", "TrainableTokensLayer"),
+        (LoraConfig(target_modules=["q_proj"]), "LORA", "lora.Linear"),
+    ],
+)
+def test_the_status_names_method_and_layer(settings, kind, layer):
+    model = get_peft_model(models.tiny_llama(), settings)
+
+    whole, first = model.get_model_status(), model.get_layer_status()[0]
+    assert whole.peft_types == {"default": kind}
+    assert whole.requires_grad == first.requires_grad == {"default": True}
+    assert first.module_type == layer
+
+
+def test_gradients_can_be_estimated_by_themselves():
+    base = nn.Sequential(nn.Linear(3, 2, bias=False))
+    settings = LoraConfig(
+        target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+
+    estimate_gradients(base, settings, lambda: base(x).sum().backward())
+    assert torch.equal(base[0]._peft_loraga_grad, x.expand(2, 3))

@@ -36,6 +36,8 @@ class PeftNames(Displacing):
         "use_rslora",
         "lora_bias",
     )
+    # What a layer's printed name begins with.
+    family = "lora."
     # Whether an adapter's input is cast to the dtype of its weights.
     cast_input_dtype_enabled = True
 
@@ -191,7 +193,7 @@ class PeftNames(Displacing):
         return bias
 
     def __repr__(self) -> str:
-        return f"lora.{super().__repr__()}"
+        return f"{self.family}{super().__repr__()}"
 
     def __getattr__(self, name: str) -> Any:
         # Every forward comes by here for the base layer and the factors.

@@ -30,8 +30,12 @@ class SvdLayer(LoraLayer):
     not saved.
     """
 
+    family = "adalora."
     in_features: int
     out_features: int
+
+    def _get_name(self) -> str:
+        return type(self).__name__.replace("Svd", "SVD")
 
     def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
         super().__init__(base_layer, state)

@@ -54,6 +54,7 @@ class TrainableTokensLayer(LoraLayer):
     """
 
     kind = "tokens"
+    family = ""
     factor_names = ("trainable_tokens_delta",)
 
     def __init__(

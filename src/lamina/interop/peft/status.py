@@ -94,16 +94,14 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
 
 
 def _kind(module: Any) -> str:
-    name = type(module).__name__
-    of_lora = isinstance(module, LoraLayer) and not name.startswith("TrainableTokens")
-    return f"lora.{name}" if of_lora else name
+    return repr(module).partition("(")[0]
 
 
 def _parameters(module: Any) -> dict[str, list[nn.Parameter]]:
     """Adapter -> its parameters here, whoever has put them there."""
     found: dict[str, list[nn.Parameter]] = defaultdict(list)
     for place, held in module.named_children():
-        if place in ("base_layer", "original_module"):
+        if place in ("base_layer", "original_module", "ranknum"):
             continue
         if isinstance(held, nn.ModuleDict):
             for name, inner in held.items():
@@ -143,7 +141,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(named).__name__ if known else "other",
         adapter_model_type=type(model.base_model).__name__ if whole else "None",
-        peft_types=dict.fromkeys(model.peft_config, "LORA") if whole else {},
+        peft_types=_methods(model) if whole else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -161,6 +159,11 @@ def get_model_status(model: Any) -> TunerModelStatus:
         },
         quantization_backend=_agreed(layer.quantization_backend for layer in layers),
     )
+
+
+def _methods(model: Any) -> dict[str, str]:
+    kinds = {name: config.peft_type for name, config in model.peft_config.items()}
+    return {name: str(getattr(kind, "value", kind)) for name, kind in kinds.items()}
 
 
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | str:

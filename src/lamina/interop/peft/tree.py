@@ -124,7 +124,7 @@ _LORA_FUNCTIONS = {
         "prepare_model_inputs_fn_language_modeling=language_modeling_mask"
     ),
     "intruders": "reduce_intruder_dimension",
-    "loraga": "preprocess_loraga",
+    "loraga": "estimate_gradients preprocess_loraga",
     "monteclora": "MontecloraSampler",
     "velora": (
         "VeloraFunction _compress_activations=compress_activations "
@@ -138,7 +138,7 @@ _LORA_HOMES = {
     "monteclora": "lamina.engine.variants.monteclora",
     "corda": "lamina.engine.preparing.corda",
     "eva": "lamina.engine.preparing.eva",
-    "loraga": "lamina.engine.preparing.loraga",
+    "loraga": f"{_OWN}.lora_loraga",
     "conversion": "lamina.model.conversion",
     "intruders": "lamina.model.intruders",
 }
