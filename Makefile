@@ -43,8 +43,8 @@ $(ECOSYSTEM_STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 ecosystem: $(STAMP) $(ECOSYSTEM_STAMP) ## Train with the libraries around peft, without and beside it
-	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Style, types, import layers, length of files
 	$(BIN)/ruff check $(wildcard $(CHECKED))

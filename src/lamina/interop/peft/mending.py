@@ -64,6 +64,9 @@ def _forget_answers(module: ModuleType, mended: Mended) -> None:
         if clear is not None:
             clear()
             mended.caches.append(clear)
+    # Diffusers answers the question once, and copies the answer into its modules.
+    if module.__dict__.get("USE_PEFT_BACKEND") is False:
+        mended.set(module, "USE_PEFT_BACKEND", True)
     if module.__dict__.get("_peft_available") is False:
         from lamina.interop.peft.types import VERSION
 
