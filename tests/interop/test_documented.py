@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lamina.config import EvaConfig, LoraGAConfig
+from lamina.config import EvaConfig, LoraGAConfig, LoraRuntimeConfig
 from lamina.interop.peft.adalora import AdaLoraConfig
 from lamina.interop.peft.adapting import get_peft_model
 from lamina.interop.peft.facade import PeftModel
@@ -212,3 +212,27 @@ def test_gradients_can_be_estimated_by_themselves():
 
     estimate_gradients(base, settings, lambda: base(x).sum().backward())
     assert torch.equal(base[0]._peft_loraga_grad, x.expand(2, 3))
+
+
+def test_a_new_adapter_drops_entries_until_it_is_evaluated():
+    settings = LoraConfig(
+        r=2, target_modules=["0"], lora_dropout=0.5, lora_alpha=64, init_lora_weights=False
+    )
+    model = get_peft_model(nn.Sequential(nn.Linear(32, 8)).eval(), settings)
+    x = torch.ones(4, 32)
+
+    assert not torch.equal(model(x)[0], model(x)[1])
+    assert not model.base_model.model[0].base_layer.training
+    model.eval()
+    assert torch.equal(model(x)[0], model(x)[1])
+
+
+def test_layers_keep_what_they_were_made_with():
+    runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config("1", runtime_config=runtime)
+    )
+
+    layer = model.base_model.model[1]
+    assert layer.kwargs["target_name"] == "1"
+    assert layer.ephemeral_gpu_offload is True

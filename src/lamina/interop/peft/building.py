@@ -102,6 +102,9 @@ class BuiltLayer(Noted):
             if cls.__dict__.get("standing"):
                 layer = cls.__new__(cls)
                 layer._stand(base_layer)
+                offloads = getattr(record.config, "runtime_config", None)
+                layer.ephemeral_gpu_offload = getattr(offloads, "ephemeral_gpu_offload", False)
+                layer.kwargs = {"target_name": record.target}
                 return layer
             made: Any = cls
             options: dict[str, Any] = {"r": record.r, "lora_alpha": record.lora_alpha}

@@ -61,6 +61,16 @@ def delete_adapter(
     return list(state.active) or None
 
 
+def begin_training_mode(model: nn.Module, adapter_name: str) -> None:
+    """Let a new adapter drop entries until `eval()` is called, whatever mode its base is in."""
+    for _, layer in lora_layers(model):
+        if adapter_name not in layer.records:
+            continue
+        if adapter_name in layer.lora_dropout:
+            layer.lora_dropout[adapter_name].train()
+        layer.training = layer.training or len(layer.records) == 1
+
+
 def remove_adapter(model: nn.Module, adapter_name: str, state: AdapterState) -> None:
     """Remove an adapter; where it was the only active one, tell which one takes over."""
     alone = tuple(state.active) == (adapter_name,)

@@ -152,6 +152,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
                 upcast=autocast_adapter_dtype,
                 strict=False,
             )
+        switching.begin_training_mode(model, adapter_name)
         warn_of_missing_bias(model, adapter_name)
         # The caller's config is the adapter's, as peft has it.
         self.adapter_state.configs[adapter_name] = config
