@@ -81,6 +81,15 @@ def test_all_linear_takes_heads_of_models_of_your_own():
     assert set(model.targeted_module_names) == {"body", "lm_head"}
 
 
+def test_all_linear_leaves_a_head_out_that_is_kept_tied():
+    base = nn.ModuleDict({"body": nn.Linear(4, 4), "lm_head": nn.Linear(4, 2)})
+    settings = LoraConfig(r=2, target_modules="all-linear", ensure_weight_tying=True)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        model = get_peft_model(base, settings)
+
+    assert model.targeted_module_names == ["body"]
+
+
 def test_directions_of_the_plain_model_fit_the_adapted_one():
     data = [torch.rand(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     settings = LoraConfig(

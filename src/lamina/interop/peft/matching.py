@@ -106,7 +106,10 @@ def all_linear(config: Any, model: nn.Module) -> list[str]:
     known = isinstance(model, PreTrainedModel)
     named = known and model.get_output_embeddings() is not None
     classifies = known and config.task_type == TaskType.SEQ_CLS
-    return linear_names(list(places(model)), model, include_head=not (named or classifies))
+    # Adapting a head that is kept tied would adapt the embedding, which isn't linear.
+    tied = getattr(config, "ensure_weight_tying", False)
+    with_head = not (named or classifies or tied)
+    return linear_names(list(places(model)), model, include_head=with_head)
 
 
 def find_minimal_target_modules(
