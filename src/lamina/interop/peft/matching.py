@@ -103,8 +103,9 @@ def all_linear(config: Any, model: nn.Module) -> list[str]:
     """What "all-linear" means: a head is left out only where transformers or the task names it."""
     from transformers import PreTrainedModel
 
-    known = isinstance(model, PreTrainedModel)
-    named = known and model.get_output_embeddings() is not None
+    base: Any = model
+    known = isinstance(base, PreTrainedModel)
+    named = known and base.get_output_embeddings() is not None
     classifies = known and config.task_type == TaskType.SEQ_CLS
     # Adapting a head that is kept tied would adapt the embedding, which isn't linear.
     tied = getattr(config, "ensure_weight_tying", False)
