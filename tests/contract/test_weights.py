@@ -136,7 +136,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(kind: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02
     for name, weight in before.items():
         assert torch.equal(dequantised(getattr(model.get_base_model(), name).base_layer), weight)

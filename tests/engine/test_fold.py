@@ -234,7 +234,7 @@ def test_the_bias_of_B_goes_into_the_base_bias_or_is_refused() -> None:
     assert_same(before, weights(model))
     adapt(model, "unbiased", target_modules=["down"])
     adapt(model, "biased", target_modules=["down"], lora_bias=True)
-    with pytest.raises(FoldError, match="down: .* the base layer has no bias"):
+    with pytest.raises(FoldError, match=r"down: .* the base layer has no bias"):
         fold(model, state)
     assert fold(model, state, ["unbiased"]) == ["unbiased"]
 
