@@ -256,6 +256,8 @@ class ArrowConfig(MethodConfig):
         router_temperature: of the softmax over their scores.
         use_gks: subtract the general adapters' mean first (GenKnowSub).
         rng_seed: seed of what is drawn.
+
+    Attributes:
         task_adapter_names: the adapters to mix; set by `create_arrow_model`.
         gks_adapter_names: the general ones; likewise.
     """
