@@ -112,7 +112,7 @@ def disk_names(model: nn.Module) -> Iterator[tuple[Place, str]]:
 
 def _slots_of(layer: nn.Module, name: str, adapter: str) -> Iterable[Slot]:
     for inside, part in parts(layer, name, adapter):
-        for leaf, parameter in {**part.tensors(adapter), **part.buffers_of(adapter)}.items():
+        for leaf, parameter in part.stored(adapter).items():
             along = RANKS_ALONG.get(leaf) if isinstance(part, SvdLayer) else None
             put = _factor_setter(part, adapter, leaf)
             yield Slot(inside, leaf, "factor", parameter, put, along)
@@ -151,7 +151,7 @@ def _parts_of_table(
 
 def _factor_setter(layer: LoraLayer, adapter: str, leaf: str) -> Callable[[torch.Tensor], None]:
     def put(value: torch.Tensor) -> None:
-        current = {**layer.tensors(adapter), **layer.buffers_of(adapter)}[leaf]
+        current = layer.stored(adapter)[leaf]
         if current.is_meta or current.shape != value.shape:
             device = layer.weight_view.device
             # The base may have its weights elsewhere for now; these would be lost on meta.

@@ -125,7 +125,7 @@ class AdapterHolder(Switched):
         self.lora_dropout[name].train(self.training)
         self.add_factors(name, record, dtype)
         record.variant.prepare(self, name, dtype)
-        for leaf, parameter in self.tensors(name).items():
+        for leaf, parameter in self.tensors(name).items() if record.variant.frozen else ():
             if leaf in record.variant.frozen:
                 parameter.requires_grad_(False)
         if init is not None:
@@ -196,6 +196,10 @@ class AdapterHolder(Switched):
                 leaf = f"{place}.{attribute}"
                 found[variant.spelling.get(leaf, leaf)] = parameter
         return found
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """All that a file holds of an adapter here, by the names on disk."""
+        return {**self.tensors(name), **self.buffers_of(name)}
 
     def buffers_of(self, name: str) -> dict[str, torch.Tensor]:
         """What an adapter has beside parameters, by the names on disk."""

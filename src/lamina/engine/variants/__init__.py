@@ -6,6 +6,7 @@ left. A variant knows the layer's update and the base's output or weight, never 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from lamina.config import LoraConfig
@@ -47,6 +48,7 @@ _PLAIN = PlainLora()
 def register(means: Callable[[LoraConfig], bool], variant: Variant) -> None:
     """Use `variant` for every config for which `means(config)` is true."""
     _VARIANTS.append((means, variant))
+    places_of_variants.cache_clear()
 
 
 def variant_for(config: LoraConfig) -> Variant:
@@ -54,6 +56,7 @@ def variant_for(config: LoraConfig) -> Variant:
     return next((variant for means, variant in _VARIANTS if means(config)), _PLAIN)
 
 
+@functools.cache
 def places_of_variants() -> frozenset[str]:
     """The places where any variant keeps parameters of its own."""
     return frozenset(

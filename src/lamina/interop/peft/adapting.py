@@ -10,7 +10,7 @@ from torch import nn
 from lamina.interop.peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from lamina.interop.peft.facade import PeftModel
 from lamina.interop.peft.placeholders import refuse_foreign
-from lamina.interop.peft.registry import PEFT_TYPE_TO_PREFIX_MAPPING
+from lamina.interop.peft.registry import warn_of_prefix
 from lamina.interop.peft.tuner import BaseTunerLayer
 
 
@@ -36,13 +36,7 @@ def get_peft_model(
     """
     refuse_foreign(peft_config)
     _record_base(model, peft_config, revision)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type)
-    if prefix and adapter_name in prefix:
-        warnings.warn(
-            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
-            "This may lead to reinitialization of the adapter weights during loading.",
-            stacklevel=2,
-        )
+    warn_of_prefix(peft_config, adapter_name)
     if getattr(peft_config, "init_lora_weights", None) == "eva" and not low_cpu_mem_usage:
         warnings.warn(
             "lora with eva initialization used with low_cpu_mem_usage=False. With "

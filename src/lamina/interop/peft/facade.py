@@ -16,8 +16,8 @@ from lamina.interop.peft import card, reading, saving, switching
 from lamina.interop.peft.beginnings import warn_of_changed_base
 from lamina.interop.peft.placeholders import refuse_foreign
 from lamina.interop.peft.registry import (
-    PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
+    warn_of_prefix,
 )
 from lamina.interop.peft.standing import StandsFor
 from lamina.interop.peft.tensors import LoadResult
@@ -233,13 +233,7 @@ class PeftModel(PushToHubMixin, native.PeftModel, metaclass=StandsFor):  # type:
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
-        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type)
-        if prefix and adapter_name in prefix:
-            warnings.warn(
-                f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
-                "This may lead to reinitialization of the adapter weights during loading.",
-                stacklevel=2,
-            )
+        warn_of_prefix(peft_config, adapter_name)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
                 "Cannot combine adapters with different peft types. Found "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lamina.interop.peft.lora_config import LoraConfig
@@ -35,6 +36,17 @@ def _fill() -> None:
 
 
 _fill()
+
+
+def warn_of_prefix(config: Any, adapter_name: str) -> None:
+    """Warn of an adapter's name that lies in the names of its parameters."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+    if prefix and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
+            "This may lead to reinitialization of the adapter weights during loading.",
+            stacklevel=3,
+        )
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> Any:

@@ -16,42 +16,23 @@ from lamina.engine.layers import LoraLayer, ModulesToSaveWrapper
 from lamina.engine.trainability import count_parameters
 from lamina.interop.peft.facade import PeftModel
 from lamina.interop.peft.quantization import resolve_quantization_backend
+from lamina.model import status as native
 
-IRREGULAR = "irregular"
+IRREGULAR: native.Irregular = "irregular"
 
 
 @dataclass
-class TunerLayerStatus:
-    """One layer: which adapters it has, and which of them act, are folded in, train."""
+class TunerLayerStatus(native.TunerLayerStatus):
+    """One layer, and the quantiser of its base."""
 
-    name: str
-    module_type: str
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | str]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
     quantization_backend: str | None
 
 
 @dataclass
-class TunerModelStatus:
+class TunerModelStatus(native.TunerModelStatus):
     """The whole model; "irregular" where its layers differ."""
 
-    base_model_type: str
-    adapter_model_type: str
-    peft_types: dict[str, str]
-    trainable_params: int
-    total_params: int
-    num_adapter_layers: int
-    enabled: bool | str
-    active_adapters: list[str] | str
-    merged_adapters: list[str] | str
-    requires_grad: dict[str, bool | str]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
-    quantization_backend: str | None
+    quantization_backend: str | None = None
 
 
 def get_layer_status(model: Any) -> list[TunerLayerStatus]:
@@ -166,7 +147,7 @@ def _methods(model: Any) -> dict[str, str]:
     return {name: str(getattr(kind, "value", kind)) for name, kind in kinds.items()}
 
 
-def _merged(layers: list[TunerLayerStatus]) -> list[str] | str:
+def _merged(layers: list[TunerLayerStatus]) -> list[str] | native.Irregular:
     merged = {name for layer in layers for name in layer.merged_adapters}
     for layer in layers:
         if (set(layer.available_adapters) - set(layer.merged_adapters)) & merged:

@@ -108,18 +108,6 @@ def switch_off(model: nn.Module, state: AdapterState) -> None:
         parameter.requires_grad_(False)
 
 
-def is_on(model: nn.Module, state: AdapterState) -> bool:
-    """Whether the adapters take part; that they do in some layers only is warned of."""
-    found = {layer.disable_adapters for _, layer in lora_layers(model)}
-    if len(found) > 1:
-        warnings.warn(
-            "The model contains some adapter layers that are enabled and others that are disabled. "
-            "After disable_adapter() all of them are enabled.",
-            stacklevel=4,
-        )
-    return not state.disabled and found != {True}
-
-
 def switch_on(model: nn.Module, state: AdapterState) -> None:
     """Let the active adapters take part again, in all layers, and train."""
     state.disabled = False

@@ -16,7 +16,7 @@ from lamina.engine.ties import input_embedding
 from lamina.interop.peft import ties
 from lamina.interop.peft.config import PeftConfig
 from lamina.interop.peft.lora_config import LoraConfig
-from lamina.interop.peft.tuner import LoraModel
+from lamina.interop.peft.tuner import LoraModel, extend
 from lamina.interop.peft.types import NoMatchingPeftModuleError, PeftType
 
 __all__ = ["TrainableTokensConfig", "TrainableTokensLayer", "TrainableTokensModel"]
@@ -79,9 +79,7 @@ class TrainableTokensModel(LoraModel):
         Raises:
             NoMatchingPeftModuleError: its config matches nothing.
         """
-        config = self.peft_config[adapter_name] if config is None else config
-        if adapter_name in self.peft_config:
-            native_model.LoraModel.delete_adapter(self, adapter_name)
+        config = self._make_room(adapter_name, config)
         rows = _Rows(
             target_modules=[],
             trainable_token_indices=dict.fromkeys(_tables(model, config), config.token_indices),
@@ -100,8 +98,7 @@ class TrainableTokensModel(LoraModel):
             )
         self.adapter_state.configs[adapter_name] = config
         here = [name for name, layer in adapted_layers(model) if adapter_name in layer.records]
-        known = set(self.targeted_module_names)
-        self.targeted_module_names += [name for name in here if name not in known]
+        extend(self.targeted_module_names, here)
 
 
 def _tables(model: nn.Module, config: Any) -> list[str]:

@@ -132,9 +132,7 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         Raises:
             NoMatchingPeftModuleError: its config matches nothing.
         """
-        config = self.peft_config[adapter_name] if config is None else config
-        if adapter_name in self.peft_config:
-            native.LoraModel.delete_adapter(self, adapter_name)
+        config = self._make_room(adapter_name, config)
         refuse_unknown_bias(config.bias)
         self._refuse_second_bias(config)
         self._refuse_mixed_kasa(config)
@@ -157,13 +155,18 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         # The caller's config is the adapter's, as peft has it.
         self.adapter_state.configs[adapter_name] = config
         here, parameters = _adapted(model, adapter_name)
-        known = set(self.targeted_module_names)
-        self.targeted_module_names += [name for name in here if name not in known]
-        known = set(self.targeted_parameter_names)
-        self.targeted_parameter_names += [name for name in parameters if name not in known]
+        extend(self.targeted_module_names, here)
+        extend(self.targeted_parameter_names, parameters)
         warn_misfits(misfits, here)
         warn_of_custom(model, adapter_name, config)
         ties.warn_of_ties(model, config)
+
+    def _make_room(self, adapter_name: str, config: Any) -> Any:
+        """The config of an adapter that is about to be added; an old one of its name goes."""
+        config = self.peft_config[adapter_name] if config is None else config
+        if adapter_name in self.peft_config:
+            native.LoraModel.delete_adapter(self, adapter_name)
+        return config
 
     def _get_kasa_loss(self, adapter_names: Any = None) -> Any:
         return self.kasa_loss(adapter_names)
@@ -340,6 +343,12 @@ class LoraModel(native.LoraModel, metaclass=StandsFor):
         from lamina.model.conversion import supports_lora_conversion
 
         return supports_lora_conversion(self.model, adapter_name)
+
+
+def extend(names: list[str], more: Iterable[str]) -> None:
+    """Add the names that aren't there yet, in their order."""
+    known = set(names)
+    names += [name for name in more if name not in known]
 
 
 def _adapted(model: nn.Module, adapter: str) -> tuple[list[str], list[str]]:
