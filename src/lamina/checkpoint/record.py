@@ -33,8 +33,76 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _leave_out_empty(values: dict[str, Any], *optional: str) -> dict[str, Any]:
+    """What a part is written as: optional entries that are empty are left out."""
+    return {k: v for k, v in values.items() if v or k not in optional}
+
+
+class Sketch(_Part):
+    """What a base model's weights look like: enough to tell them from others, in a few KB.
+
+    Attributes:
+        version: of the rule that chooses what is sampled.
+        tensors: `NAME SHAPE` of each tensor in the order of the samples; runs of numbers are
+            folded, as in `layers.{0-31}.mlp.up_proj.weight 14336x4096`.
+        samples: number of values per tensor.
+        values: the values rounded to bfloat16, tensor by tensor: their bits, little-endian, in
+            base64.
+        dtype: what most of the weights had when they were sampled.
+        quantization: the quantiser they were read through, as in `Base`; None if they were dense.
+    """
+
+    version: int = 1
+    tensors: tuple[str, ...]
+    samples: int
+    values: str
+    dtype: str | None = None
+    quantization: str | None = None
+
+
+class Answers(_Part):
+    """What a model answers to the tokens of a probe, position by position.
+
+    Attributes:
+        tokens: the ids of its largest logits, largest first.
+        logits: those logits.
+        log_normaliser: log of the sum of exp of all logits, so that `logits - log_normaliser`
+            are log-probabilities.
+        digest: of all logits together: their mean, and projections on fixed random signs.
+        largest: the largest magnitude of a logit at any position.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    logits: tuple[tuple[float, ...], ...]
+    log_normaliser: tuple[float, ...]
+    digest: tuple[tuple[float, ...], ...]
+    largest: float
+
+
+class Probe(_Part):
+    """What a model should answer.
+
+    Attributes:
+        version: of the rule that makes the digest.
+        tokens: the sequence of token ids that was asked.
+        outputs: number of logits per position.
+        dtype: that the model computed in.
+        quantization: of its base, as in `Base`.
+        chain: what base and all stages up to this one answered together.
+        base: what the base alone answered; None if that wasn't to be had.
+    """
+
+    version: int = 1
+    tokens: tuple[int, ...]
+    outputs: int
+    dtype: str
+    quantization: str | None = None
+    chain: Answers
+    base: Answers | None = None
+
+
 class Base(_Part):
-    """The base model, as far as it is known without its weights.
+    """The base model.
 
     Attributes:
         name_or_path: what it was loaded from; None if it was built in memory.
@@ -47,8 +115,11 @@ class Base(_Part):
         vocab_size: rows of its input embedding.
         tokenizer: SHA-256 of the vocabulary of the tokenizer it was trained with; None if that was
             not given.
+        chat_template: SHA-256 of that tokenizer's chat template; None if it has none.
         parameters: number of its parameters.
         shapes: SHA-256 of the sorted names and shapes of its parameters.
+        sketch: what its weights look like; None in the older stages of a chain if it is that of
+            the newest.
     """
 
     name_or_path: str | None = None
@@ -58,14 +129,14 @@ class Base(_Part):
     quantization: str | None = None
     vocab_size: int | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
     parameters: int | None = None
     shapes: str | None = None
+    sketch: Sketch | None = None
 
     @model_serializer(mode="wrap")
-    def _without_tokenizer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Records without one are written as they ever were.
-        values: dict[str, Any] = write(self)
-        return {k: v for k, v in values.items() if v is not None or k != "tokenizer"}
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _leave_out_empty(write(self), "tokenizer", "chat_template", "sketch")
 
 
 class Lamina(_Part):
@@ -91,9 +162,8 @@ class Lamina(_Part):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Most laminae have left the base alone, and are written as they ever were.
-        values: dict[str, Any] = write(self)
-        return {k: v for k, v in values.items() if v or k not in ("began", "taken")}
+        # Most laminae have left the base alone.
+        return _leave_out_empty(write(self), "began", "taken")
 
     @field_validator("ranks")
     @classmethod
@@ -114,6 +184,8 @@ class Stage(_Part):
         data: what it was trained on, as the caller described it.
         base: the base it was trained on.
         versions: of lamina, torch and transformers.
+        probe: what the model answered when the stage was saved; None for a model that doesn't
+            take tokens.
     """
 
     name: str
@@ -123,6 +195,11 @@ class Stage(_Part):
     data: Any = None
     base: Base = Field(default_factory=Base)
     versions: dict[str, str] = Field(default_factory=dict)
+    probe: Probe | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _leave_out_empty(write(self), "probe")
 
 
 class StageRecord(_Part):
@@ -135,6 +212,7 @@ class StageRecord(_Part):
         saved_modules: module trained whole -> the stage whose copy the file holds.
         biases: bias of the base -> the stage whose values the file holds. Others that may be there
             are the base's own.
+        weights: SHA-256 of the adapter's tensors as they were saved: names, dtypes, shapes, bytes.
     """
 
     format_version: int = FORMAT_VERSION
@@ -142,6 +220,11 @@ class StageRecord(_Part):
     laminae: tuple[Lamina, ...]
     saved_modules: dict[str, str] = Field(default_factory=dict)
     biases: dict[str, str] = Field(default_factory=dict)
+    weights: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _leave_out_empty(write(self), "weights")
 
     @model_validator(mode="after")
     def _consistent(self) -> StageRecord:
