@@ -1,0 +1,1 @@
+"""Adapters for other programs: what each can take, a file per target."""

@@ -1,0 +1,84 @@
+"""Faults that targets have in common: what a program that knows plain LoRA can't take; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lamina.checkpoint.export.contents import Contents, Finding
+from lamina.checkpoint.methods import method_of
+
+# Methods that only train otherwise: what is saved computes as plain LoRA does.
+_PLAIN_WHEN_DONE = ("LoRA", "rsLoRA", "MiCA", "VeLoRA", "MonteCLoRA")
+# Beginnings that take something out of the base, so that A and B lie over another base.
+_DISPLACING = ("pissa", "olora", "corda", "loftq")
+_SHOWN = 3
+
+
+def plain_faults(
+    contents: Contents, program: str, merge: str, *, takes_whole: Collection[str] = ()
+) -> list[Finding]:
+    """What is in an adapter beside the factors of linear layers and embeddings.
+
+    Args:
+        contents: the adapter's.
+        program: the name of what is to take it.
+        merge: the cure for what can't be taken at all.
+        takes_whole: modules trained whole that it takes.
+    """
+    config = contents.config
+    faults = [Finding(line, "save or download the adapter again") for line in contents.halves]
+    if not contents.factors:
+        faults.append(Finding("no module is adapted", merge))
+    wholes = [owner for owner in contents.wholes if owner not in takes_whole]
+    if wholes:
+        faults.append(Finding(f"{program} takes no modules trained whole: {some(wholes)}", merge))
+    if contents.rows:
+        faults.append(Finding(f"{program} takes no trained token rows", merge))
+    faults += [
+        Finding(f"{program} doesn't know {method}", merge)
+        for method in method_of(config).split(", ")
+        if method not in _PLAIN_WHEN_DONE
+    ]
+    if contents.biases_of_B:
+        faults.append(Finding(f"B has biases in {some(contents.biases_of_B)}", merge))
+    if contents.biases:
+        faults.append(Finding(f"{program} takes no trained biases: {some(contents.biases)}", merge))
+    faults += _displaced(config)
+    convolutions = [each.module for each in contents.factors if contents.is_convolution(each)]
+    if convolutions:
+        faults.append(Finding(f"{program} takes no convolutions: {some(convolutions)}", merge))
+    if config.get("layer_replication"):
+        faults.append(Finding(f"{program} doesn't know layer_replication", merge))
+    if contents.base_weights:
+        faults.append(
+            Finding(
+                f"it has values of the base beside the factors: {some(contents.base_weights)}",
+                f"with --base DIR they are compared and, if they are the base's own, left out; else {merge}",
+            )
+        )
+    return faults
+
+
+def training_only(contents: Contents) -> list[str]:
+    """Tensors that a method needs in training only, and that can be left out of an export."""
+    methods = set(method_of(contents.config).split(", "))
+    return list(contents.of_methods) if methods <= set(_PLAIN_WHEN_DONE) else []
+
+
+def _displaced(config: Mapping[str, Any]) -> list[Finding]:
+    init = str(config.get("init_lora_weights", True)).lower()
+    if not init.startswith(_DISPLACING):
+        return []
+    return [
+        Finding(
+            f"init_lora_weights={init!r}: A and B lie over a base that lacks what they began with",
+            "load it with Lamina and save it: a stage that is saved lies over the base as it was",
+        )
+    ]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
