@@ -101,6 +101,10 @@ class MissingFileError(CheckpointError, FileNotFoundError):
     __str__ = LaminaError.__str__
 
 
+class DirectoryInUseError(CheckpointError):
+    """Another process or thread is writing to the same directory right now."""
+
+
 class KeyMismatchError(CheckpointError, RuntimeError):
     """The tensors in a file and the adapter weights in the model are not the same set."""
 

@@ -119,9 +119,17 @@ def test_an_exception_leaves_the_old_directory_and_no_staging(run: Path, way: st
     assert hidden(run.parent) == []
 
 
-def test_an_error_of_the_writer_comes_through_as_it_is(run: Path) -> None:
-    with pytest.raises(ZeroDivisionError), atomic_directory(run):
-        raise ZeroDivisionError
+@pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(2, "gone", "elsewhere")])
+def test_an_error_of_the_writer_comes_through_as_it_is(run: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        fail_halfway(run, error)
+    assert caught.value is error
+
+
+def test_a_failed_first_save_leaves_no_parents(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway(tmp_path / "a" / "b" / "c", KeyboardInterrupt())
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -136,8 +144,23 @@ def test_a_full_disk_is_one_clear_error(run: Path, error: Exception) -> None:
     with pytest.raises(CheckpointError, match="No space left to save") as caught:
         fail_halfway(run, error)
     assert caught.value.__cause__ is error
+    assert "bytes free" in caught.value.faults[1]
     assert tree(run) == {WEIGHTS: "old", CONFIG: "old", **KEPT}
     assert hidden(run.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EFBIG, "File too large"), "File too large"),
+        (RuntimeError("Error while serializing: I/O error (os error 5)"), "Input/output error"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_clear_error(run: Path, error: Exception, told: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{told}: the disk refused to save '{run}'"):
+        fail_halfway(run, error)
+    assert tree(run) == {WEIGHTS: "old", CONFIG: "old", **KEPT}
 
 
 def test_a_disk_that_fills_while_entries_are_carried(

@@ -4,11 +4,12 @@ import errno
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, DirectoryInUseError
 from lamina.storage import atomic
 from lamina.storage.atomic import atomic_directory, recover
 from lamina.storage.staging import staging_directory
@@ -17,6 +18,7 @@ from tests.storage.directories import (
     KEPT,
     WEIGHTS,
     hidden,
+    never_entered,
     save,
     tree,
 )
@@ -34,13 +36,71 @@ def test_the_next_save_removes_what_the_dead_left(run: Path, way: str) -> None:
     assert hidden(run) == []
 
 
-def test_the_staging_of_a_living_save_is_left_alone(run: Path, way: str) -> None:
+def test_a_second_save_at_the_same_time_is_told_of_the_first(run: Path, way: str) -> None:
+    clock = time.strftime("%H:%M")
+    with atomic_directory(run) as first:
+        (first / WEIGHTS).write_text("first")
+        with pytest.raises(DirectoryInUseError, match="Another thread of this process") as caught:
+            never_entered(run)
+        assert f"({os.getpid()}) has been writing to '{run}' since" in caught.value.what
+        assert clock in caught.value.what or time.strftime("%H:%M") != clock
+        # Others are none of its business, nor is a link to the same place another place.
+        save(run / "checkpoint-20", "twenty")
+        save(run.with_name("chat-2"), "other")
+        (run.parent / "alias").symlink_to(run)
+        with pytest.raises(DirectoryInUseError):
+            never_entered(run.parent / "alias")
+        assert (first / WEIGHTS).read_text() == "first"
+        assert tree(run)[WEIGHTS] == "old"
+    inside = {f"checkpoint-20/{name}": "twenty" for name in (WEIGHTS, CONFIG)}
+    assert tree(run) == {WEIGHTS: "first", **KEPT, **inside}
+    save(run, "second")
+    assert tree(run)[WEIGHTS] == "second"
+    assert hidden(run.parent) == []
+
+
+def test_a_second_save_sees_one_that_writes_inside_its_target(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_staging_folder", lambda target: target)
+    with atomic_directory(run) as first:
+        assert first.parent == run
+        with pytest.raises(DirectoryInUseError):
+            never_entered(run)
+
+
+def test_without_locks_the_last_of_two_saves_wins(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.storage.staging._try_lock", lambda descriptor: None)
     with atomic_directory(run) as first:
         (first / WEIGHTS).write_text("first")
         save(run, "second")
         assert (first / WEIGHTS).read_text() == "first"
         assert (run / WEIGHTS).read_text() == "second"
     assert tree(run) == {WEIGHTS: "first", **KEPT}
+
+
+def test_a_save_waits_for_its_turn_in_the_folder_that_is_there(run: Path) -> None:
+    inner = run / "checkpoint-20"
+    started, done = threading.Event(), threading.Event()
+
+    def save_inside() -> None:
+        started.set()
+        save(inner, "twenty")
+        done.set()
+
+    with atomic.held(run):
+        waiting = threading.Thread(target=save_inside)
+        waiting.start()
+        started.wait()
+        time.sleep(0.05)
+        assert not done.is_set()
+        # As a save of the outer directory does while it holds it.
+        run.rename(run.with_name("replaced"))
+        run.mkdir()
+    waiting.join()
+    assert tree(run)[f"checkpoint-20/{WEIGHTS}"] == "twenty"
 
 
 def test_without_locks_only_age_makes_a_staging_stale(
@@ -77,11 +137,14 @@ def test_a_staging_swept_while_it_was_made_is_made_again(
 
 def test_savers_in_parallel_each_leave_a_whole_directory(run: Path, way: str) -> None:
     failures: list[BaseException] = []
+    saved: list[str] = []
 
     def saver(name: str) -> None:
         try:
             for turn in range(25):
-                save(run, f"{name}{turn}")
+                with suppress(DirectoryInUseError):
+                    save(run, f"{name}{turn}")
+                    saved.append(f"{name}{turn}")
         except BaseException as error:
             failures.append(error)
 
@@ -92,7 +155,7 @@ def test_savers_in_parallel_each_leave_a_whole_directory(run: Path, way: str) ->
         thread.join()
     assert failures == []
     found = tree(run)
-    assert found.pop(WEIGHTS) == found.pop(CONFIG)
+    assert found.pop(WEIGHTS) == found.pop(CONFIG) in saved
     assert found == KEPT
     assert hidden(run.parent) == []
 

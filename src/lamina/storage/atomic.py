@@ -6,7 +6,6 @@ step, so at any instant the target is the old directory or the new one, complete
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from lamina.storage.carry import (
     sync_folders,
     take_mode,
 )
+from lamina.storage.disk import disk_faults_reported, reported
 from lamina.storage.exchange import PinnedError, swap_in
 from lamina.storage.inplace import replace_in_place
 from lamina.storage.mounts import mounts_within
@@ -34,7 +34,7 @@ from lamina.storage.staging import (
     remove_tree,
     staging_directory,
     sweep,
-    turn_to_publish,
+    turn,
 )
 
 ADAPTER_FILES = (
@@ -49,7 +49,6 @@ ADAPTER_FILES = (
 
 # How long a reader gives a living save to finish its two renames.
 _PATIENCE_S = 2.0
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
@@ -73,25 +72,31 @@ def atomic_directory(
             so named is dropped if the new directory doesn't bring it. Holds for the folders that
             the writer made, not for others such as `checkpoint-10/`.
 
+    Of two saves of one directory at the same time the one that began first goes on. Where the
+    filesystem has no locks nothing can tell that there are two, and the last to end wins.
+
     Raises:
         CheckpointError: before anything is written, when `path` is a file, is below one or isn't
-            writable; at the end, when a file would take a folder's place; when the disk is full.
+            writable; at the end, when a file would take a folder's place; when the disk is full
+            or fails.
+        DirectoryInUseError: before anything is written, when another save of `path` goes on.
     """
     target = _resolved(path)
     with ExitStack() as stack:
-        with _reported(target):
-            _refuse_unwritable(target)
-            made = _make_parents(target)
-            sweep(target)
-            staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
-        with _full_disk_reported(target):
+        with reported(target):
+            check_writable(target)
+            made = stack.enter_context(_parents(target))
+            with turn(target):
+                sweep(target)
+                staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
+        with disk_faults_reported(target):
             yield staging
-        with _reported(target), turn_to_publish(target):
+        with reported(target), turn(target):
             # Another save may have died since this one began.
             recover(target)
             _publish(staging, target, owned)
             for folder in made:
-                sync_folder(folder)
+                sync_folder(folder.parent)
 
 
 def recover(path: str | os.PathLike[str]) -> bool:
@@ -176,7 +181,13 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def _refuse_unwritable(target: Path) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Ask, before long work, whether a directory may be written at `path`.
+
+    Raises:
+        CheckpointError: it is a file, is below one, or the system forbids it.
+    """
+    target = _resolved(path)
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(
             f"'{target}' is a file; an adapter is saved as a directory.",
@@ -196,15 +207,22 @@ def _refuse_unwritable(target: Path) -> None:
         )
 
 
-def _make_parents(target: Path) -> list[Path]:
-    """Make what is missing above the target; returns the folders with a new name in them."""
-    changed = []
+@contextmanager
+def _parents(target: Path) -> Iterator[list[Path]]:
+    """Make what is missing above the target, and take it away again if nothing comes of it."""
+    made: list[Path] = []
     folder = target.parent
     while not folder.is_dir():
-        changed.append(folder.parent)
+        made.append(folder)
         folder = folder.parent
-    os.makedirs(target.parent, exist_ok=True)
-    return changed
+    try:
+        os.makedirs(target.parent, exist_ok=True)
+        yield made
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                os.rmdir(folder)
+        raise
 
 
 def _staging_folder(target: Path) -> Path:
@@ -225,40 +243,3 @@ def _is_pinned(target: Path) -> bool:
         return bool(mounts_within(target))
     above = any(os.path.samefile(folder, target) for folder in (here, *here.parents))
     return above or bool(mounts_within(target))
-
-
-@contextmanager
-def _reported(target: Path) -> Iterator[None]:
-    """Turn the system's refusals into the one error of a save."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        _raise_if_full(error, target)
-        raise CheckpointError(
-            f"Can't save to '{target}': {error.strerror or error}"
-            + (f" ('{error.filename}')." if error.filename else "."),
-            cure="save to another directory, or mend that and save again",
-        ) from error
-
-
-@contextmanager
-def _full_disk_reported(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        _raise_if_full(error, target)
-        raise
-
-
-def _raise_if_full(error: Exception, target: Path) -> None:
-    # The safetensors writer has an error class of its own with the system's number in the text.
-    in_text = any(f"os error {number}" in str(error) for number in _FULL)
-    if not in_text and not (isinstance(error, OSError) and error.errno in _FULL):
-        return
-    raise CheckpointError(
-        f"No space left to save '{target}'; what was there before is untouched.",
-        faults=[str(error)],
-        cure="free some space, or save to another disk",
-    ) from error

@@ -1,7 +1,8 @@
 """Hidden directories beside a target: named, marked as in use, and swept away when abandoned.
 
 A save in progress holds a lock on its directory, which the system releases at its death, however
-it dies. So a staging directory without a lock is nobody's, whatever process ids have been reused.
+it dies. So a staging directory without a lock is nobody's, whatever process ids have been reused,
+and one with a lock tells a second writer that there is a first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lamina.errors import DirectoryInUseError
+
 if sys.platform != "win32":
     import fcntl
 
@@ -24,17 +27,19 @@ if sys.platform != "win32":
 _ABANDONED_AFTER_S = 24 * 3600.0
 # Publishing takes milliseconds, a second where there are thousands of files to carry over.
 _TURN_S = 30.0
+# Process, second since 1970 (which older versions left out), and what makes it unique.
+_TOKEN = r"(\d+)-([0-9a-f]{8})?[0-9a-f]{8}"
 
 
 def hidden_sibling(target: Path, kind: str, folder: Path | None = None) -> Path:
-    """A free name `.NAME.KIND-PID-xxxxxxxx` for `target`, beside it or in `folder`."""
-    token = f"{os.getpid()}-{secrets.token_hex(4)}"
+    """A free name `.NAME.KIND-PID-TIMExxxxxxxx` for `target`, beside it or in `folder`."""
+    token = f"{os.getpid()}-{int(time.time()):08x}{secrets.token_hex(4)}"
     return (folder or target.parent) / f".{_stem(target)}.{kind}-{token}"
 
 
 def hidden_siblings(target: Path, kind: str, folder: Path | None = None) -> list[Path]:
     """All directories that `hidden_sibling` named for `target`, of any process, newest last."""
-    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.{kind}-\d+-[0-9a-f]{{8}}")
+    pattern = re.compile(rf"\.{re.escape(_stem(target))}\.{kind}-{_TOKEN}")
     found = []
     with suppress(OSError), os.scandir(folder or target.parent) as entries:
         for entry in entries:
@@ -85,24 +90,56 @@ def held(directory: Path, patience_s: float = 0.0) -> Iterator[bool | None]:
 
 
 @contextmanager
-def turn_to_publish(target: Path) -> Iterator[None]:
-    """Let the saves that end at the same moment in one folder publish one after the other."""
+def turn(target: Path) -> Iterator[None]:
+    """Let the saves that begin or end at the same moment in one folder do so one by one."""
     # A save within another's staging directory has it to itself, and its lock is taken.
-    private = re.search(r"\.saving-\d+-[0-9a-f]{8}$", target.parent.name)
-    with held(target.parent, 0.0 if private else _TURN_S):
-        yield
+    private = re.search(rf"\.saving-{_TOKEN}$", target.parent.name)
+    while True:
+        before = _inode(target.parent)
+        with held(target.parent, 0.0 if private else _TURN_S):
+            # A save of the folder itself may have replaced it while this one waited.
+            if _inode(target.parent) != before:
+                continue
+            yield
+            return
 
 
 def sweep(target: Path) -> None:
-    """Remove what dead saves of `target` left behind, beside it and inside it."""
-    leftovers = hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
+    """Remove what dead saves of `target` left behind, beside it and inside it.
+
+    Raises:
+        DirectoryInUseError: one of the saves is alive.
+    """
     if os.path.lexists(target):
         # Without the target an old tree is not rubbish but the only copy.
-        leftovers += hidden_siblings(target, "old")
-    for leftover in leftovers:
-        with held(leftover) as ours:
-            if ours or (ours is None and _age(leftover) > _ABANDONED_AFTER_S):
-                remove_tree(leftover)
+        for aside in hidden_siblings(target, "old"):
+            _removed(aside)
+    leftovers = hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
+    living = [staging for staging in leftovers if not _removed(staging)]
+    if living:
+        raise _in_use(target, living[0])
+
+
+def _removed(leftover: Path) -> bool:
+    """False where another holds it; else it is gone, or young and without locks to tell by."""
+    with held(leftover) as ours:
+        if ours or (ours is None and _age(leftover) > _ABANDONED_AFTER_S):
+            remove_tree(leftover)
+        return ours is not False
+
+
+def _in_use(target: Path, living: Path) -> DirectoryInUseError:
+    found = re.search(f"{_TOKEN}$", living.name)
+    pid, since = (found[1], found[2]) if found else ("unknown", None)
+    began = time.strftime(" since %H:%M:%S", time.localtime(int(since, 16))) if since else ""
+    who = f"Another process ({pid})"
+    if pid == str(os.getpid()):
+        who = f"Another thread of this process ({pid})"
+    return DirectoryInUseError(
+        f"{who} has been writing to '{target}'{began}; nothing of this save was written.",
+        cure="wait until it is done, or save to another directory; where several processes train "
+        "together, only the first one saves",
+    )
 
 
 def remove_tree(directory: Path) -> None:
@@ -139,6 +176,14 @@ def _try_lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _inode(directory: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(directory)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _age(directory: Path) -> float:
