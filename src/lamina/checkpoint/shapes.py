@@ -46,11 +46,16 @@ class FactorShapes:
 
     @property
     def group(self) -> str:
-        """What modules of its kind are called: the last component, with the one before a number."""
-        # Where several parameters of a module are adapted, one wrapper lies in the other.
-        parts = [part for part in self.module.split(".") if part != "base_layer"]
-        first = next((i for i in range(len(parts) - 1, 0, -1) if not parts[i].isdigit()), 0)
-        return ".".join(parts[first:])
+        """What modules of its kind are called, see `kind_of`."""
+        return kind_of(self.module)
+
+
+def kind_of(module: str) -> str:
+    """What modules of this kind are called: the last component, with the one before a number."""
+    # Where several parameters of a module are adapted, one wrapper lies in the other.
+    parts = [part for part in module.split(".") if part != "base_layer"]
+    first = next((i for i in range(len(parts) - 1, 0, -1) if not parts[i].isdigit()), 0)
+    return ".".join(parts[first:])
 
 
 def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorShapes], list[str]]:

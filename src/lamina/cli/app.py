@@ -12,6 +12,7 @@ from lamina._version import __version__
 from lamina.cli.as_peft import PASS_ON, as_peft
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
+from lamina.cli.diff import diff
 from lamina.cli.env import env
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
@@ -66,7 +67,7 @@ def _root(
         hush_imports()
 
 
-for _verb in (demo, inspect, lineage, targets, merge, convert, env):
+for _verb in (demo, inspect, lineage, targets, merge, diff, convert, env):
     app.command()(_verb)
 app.command("as-peft", context_settings=PASS_ON)(as_peft)
 
