@@ -117,6 +117,18 @@ class StageError(LaminaError, ValueError):
     """A stage can't be begun or saved as asked."""
 
 
+class ProbeError(LaminaError, RuntimeError):
+    """A model that takes tokens can't be asked any, so that its answers can't be compared."""
+
+
+class VerificationError(LaminaError, RuntimeError):
+    """What was opened isn't, or doesn't answer, what was saved."""
+
+
+class ProbeWarning(UserWarning):
+    """A stage was saved without what its model answers: nobody can replay that later."""
+
+
 class PreflightError(LaminaError, RuntimeError):
     """Training would run, and train nothing or the wrong thing."""
 

@@ -1,0 +1,25 @@
+"""What a model should answer: asked when it is saved, asked again when it is opened.
+
+Weights that are all there can still be wrong: another base of the same shape, an update applied
+twice, a prefix that hit nothing. What a model answers to a few tokens tells.
+"""
+
+from lamina.checkpoint.probe.answers import answers_of, make_probe
+from lamina.checkpoint.probe.asking import Outputs, ask, probe_tokens
+from lamina.checkpoint.probe.comparison import ProbeComparison, compare_answers
+from lamina.checkpoint.probe.effect import Effect, effect_of
+from lamina.checkpoint.probe.tolerance import Tolerance, tolerance_for
+
+__all__ = [
+    "Effect",
+    "Outputs",
+    "ProbeComparison",
+    "Tolerance",
+    "answers_of",
+    "ask",
+    "compare_answers",
+    "effect_of",
+    "make_probe",
+    "probe_tokens",
+    "tolerance_for",
+]

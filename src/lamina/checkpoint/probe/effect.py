@@ -1,0 +1,86 @@
+"""How much of an adapter's recorded effect is there: 1 when all is well, 0 when it isn't applied.
+
+It sees what the largest difference can't: a small effect that is missing, or there twice, among
+rounding errors that are as large.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lamina.checkpoint.probe.answers import digest
+from lamina.checkpoint.probe.asking import Outputs
+from lamina.checkpoint.probe.comparison import logits_at
+from lamina.checkpoint.record import Answers
+
+# Single logits share errors, so that there is less to average over than there are numbers.
+_SHARED = 3.0
+_CERTAIN = 0.2
+_ALLOWED = 0.25
+_LEAST = 16
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The factor `f` for which `base + f * (expected - base)` comes nearest to the actual answers.
+
+    Attributes:
+        size: `f`, by least squares.
+        error: its standard error, with room for errors that logits have in common.
+        expected: root mean square of the expected change of an answer.
+    """
+
+    size: float
+    error: float
+    expected: float
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the effect can be told from none."""
+        return self.error < _CERTAIN
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is 1 within a quarter, and within what the rounding errors allow."""
+        return not self.is_certain or abs(self.size - 1) <= _ALLOWED + self.error
+
+
+def effect_of(expected: Answers, base: Outputs, actual: Outputs) -> Effect | None:
+    """The size of an adapter's effect, relative to the recorded one.
+
+    None where answers have other shapes, are too few to tell, or the recorded effect is none.
+
+    Args:
+        expected: what base and adapter answered together, on record.
+        base: what the base at hand answers alone.
+        actual: what base and adapter answer here.
+    """
+    numbers = [_numbers(expected, each) for each in (base, actual)]
+    zero, ours = numbers
+    if zero is None or ours is None or len(zero) < _LEAST:
+        return None
+    theirs = torch.tensor([*_flat(expected.logits), *_flat(expected.digest)], dtype=torch.float64)
+    wanted, found = theirs - zero, ours - zero
+    power = float(wanted.square().sum())
+    if power == 0 or not math.isfinite(power) or not bool(found.isfinite().all()):
+        return None
+    size = float((wanted * found).sum()) / power
+    left = float((found - size * wanted).square().sum()) / (len(zero) - 1)
+    return Effect(size, _SHARED * math.sqrt(left / power), math.sqrt(power / len(zero)))
+
+
+def _numbers(expected: Answers, outputs: Outputs) -> torch.Tensor | None:
+    summary = digest(outputs.values.double())
+    if summary.shape[0] != len(expected.digest):
+        return None
+    if not expected.tokens:
+        return summary.flatten()
+    at = logits_at(expected, outputs)
+    return None if at is None else torch.cat([at.flatten(), summary.flatten()])
+
+
+def _flat(rows: tuple[tuple[float, ...], ...]) -> list[float]:
+    return [value for row in rows for value in row]
