@@ -16,7 +16,8 @@ class RankGroup:
     """The ranks that one stage began, as they lie in the file.
 
     Attributes:
-        begun_by: the stage that added them; None if the record doesn't say.
+        begun_by: the stage that added them; None if the record doesn't say. Where flattening has
+            put stages together, the last of these.
         continued_by: the stages that trained them on, in order.
         trained_last_by: the stage whose values the file holds.
         ranks: plain module name -> its rank.
@@ -24,6 +25,8 @@ class RankGroup:
         lora_alpha: likewise.
         target_modules: likewise.
         scaling: the different scalings that its config gives its modules.
+        made_of: the stages that flattening has put together in them, oldest first.
+        error: what flattening left out of them, relative to the whole; None if nothing.
     """
 
     begun_by: str | None
@@ -34,6 +37,8 @@ class RankGroup:
     lora_alpha: float | None
     target_modules: Any
     scaling: tuple[float, ...]
+    made_of: tuple[str, ...] = ()
+    error: float | None = None
 
     @property
     def rank_range(self) -> tuple[int, int]:
@@ -48,7 +53,8 @@ class StageSummary:
     Attributes:
         name: of the stage.
         mode: "fresh", "continue", "stack" or "merge"; None if its origin is unknown.
-        trained: index of the group of ranks that it trained; None if that can't be told.
+        trained: index of the group of ranks that it trained; None if that can't be told, or if
+            flattening has put them together with those of a later stage.
         saved_modules: modules trained whole whose copy in the file is this stage's.
         biases: likewise, biases of the base.
         created, metrics, data, base, versions: as the record has them.
@@ -68,10 +74,14 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class Chain:
-    """All stages, oldest first, and all groups of ranks in the order of the file."""
+    """All stages, oldest first, and all groups of ranks in the order of the file.
+
+    `left_out` names stages that these were trained on, and whose part is not in the file.
+    """
 
     stages: tuple[StageSummary, ...]
     groups: tuple[RankGroup, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def chain_of(record: StageRecord) -> Chain:
@@ -84,7 +94,7 @@ def chain_of(record: StageRecord) -> Chain:
     stages = tuple(
         _stage(stage, index, record) for stage, index in zip(record.stages, trained, strict=True)
     )
-    return Chain(stages, groups)
+    return Chain(stages, groups, record.left_out)
 
 
 def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) -> Chain:
@@ -98,8 +108,14 @@ def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) ->
 def _trained_groups(record: StageRecord) -> list[int | None]:
     """For each stage the index of the group that it trained."""
     trained: list[int | None] = []
+    flattened = {s: i for i, lamina in enumerate(record.laminae) for s in lamina.made_of}
     newest = -1
     for stage in record.stages:
+        if stage.name in flattened:
+            newest = flattened[stage.name]
+            is_last = stage.name == record.laminae[newest].made_of[-1]
+            trained.append(newest if is_last else None)
+            continue
         newest += stage.mode != "continue" or newest < 0
         trained.append(newest)
     last = {index: stage.name for stage, index in zip(record.stages, trained, strict=True)}
@@ -123,6 +139,8 @@ def _group(lamina: Lamina, trainers: list[str]) -> RankGroup:
         lora_alpha=config.get("lora_alpha"),
         target_modules=targets if isinstance(targets, str) else sorted(targets or []),
         scaling=tuple(sorted({scaling_in(config, *item) for item in lamina.ranks.items()})),
+        made_of=lamina.made_of,
+        error=lamina.error,
     )
 
 

@@ -152,6 +152,9 @@ class Lamina(_Part):
             that these ranks were converted to lie over the base as it was before; else None.
         taken: plain module name -> how many of its ranks, the last ones, are what was taken out.
             They don't train; "continue" takes them out of the base again.
+        made_of: the stages that were put together in these ranks when the chain was flattened,
+            oldest first; empty where one stage began them.
+        error: `‖ΔW - ΔW_r‖_F / ‖ΔW‖_F` over all modules, where flattening left ranks out.
     """
 
     stage: str
@@ -159,11 +162,13 @@ class Lamina(_Part):
     ranks: dict[str, int]
     began: str | None = None
     taken: dict[str, int] = Field(default_factory=dict)
+    made_of: tuple[str, ...] = ()
+    error: float | None = None
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Most laminae have left the base alone.
-        return _leave_out_empty(write(self), "began", "taken")
+        return _leave_out_empty(write(self), "began", "taken", "made_of", "error")
 
     @field_validator("ranks")
     @classmethod
@@ -213,6 +218,8 @@ class StageRecord(_Part):
         biases: bias of the base -> the stage whose values the file holds. Others that may be there
             are the base's own.
         weights: SHA-256 of the adapter's tensors as they were saved: names, dtypes, shapes, bytes.
+        left_out: stages that these were trained on, and whose part is not in this file, since it
+            was split or flattened in part.
     """
 
     format_version: int = FORMAT_VERSION
@@ -221,10 +228,11 @@ class StageRecord(_Part):
     saved_modules: dict[str, str] = Field(default_factory=dict)
     biases: dict[str, str] = Field(default_factory=dict)
     weights: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _leave_out_empty(write(self), "weights")
+        return _leave_out_empty(write(self), "weights", "left_out")
 
     @model_validator(mode="after")
     def _consistent(self) -> StageRecord:
@@ -235,6 +243,7 @@ class StageRecord(_Part):
             raise ValueError("two stages have the same name")
         pointers = [
             *(lamina.stage for lamina in self.laminae),
+            *(stage for lamina in self.laminae for stage in lamina.made_of),
             *self.saved_modules.values(),
             *self.biases.values(),
         ]

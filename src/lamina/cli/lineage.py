@@ -39,6 +39,8 @@ def lineage(
 
 def _tree(found: AdapterDescription) -> Tree:
     tree = Tree(Text.assemble((base_line(found.base), "bold")), guide_style="dim")
+    if found.chain.left_out:
+        tree.add(Text(f"without {', '.join(found.chain.left_out)}, left out of this file"))
     branch = tree
     for stage in found.chain.stages:
         # A stage grows out of the one before it.
@@ -55,6 +57,9 @@ def _heading(stage: StageSummary) -> Text:
 
 
 def _changes(stage: StageSummary, chain: Chain) -> Iterator[str]:
+    put_into = next((g.made_of[-1] for g in chain.groups if stage.name in g.made_of[:-1]), None)
+    if put_into is not None:
+        yield f"flattened: its ranks are in those of {put_into}"
     if stage.trained is not None:
         yield _ranks_line(stage, chain.groups[stage.trained])
     if stage.saved_modules:
@@ -70,6 +75,8 @@ def _changes(stage: StageSummary, chain: Chain) -> Iterator[str]:
 
 def _ranks_line(stage: StageSummary, group: RankGroup) -> str:
     modules = count_of(len(group.ranks), "module")
+    if group.made_of and group.made_of[-1] == stage.name:
+        return _flattened_line(group, modules)
     if group.begun_by not in (stage.name, None):
         return f"went on training {group.begun_by}'s rank {span(group.rank_range)} in {modules}"
     targets = group.target_modules
@@ -78,3 +85,8 @@ def _ranks_line(stage: StageSummary, group: RankGroup) -> str:
     if group.continued_by:
         line += f", trained on by {some(group.continued_by)}"
     return line
+
+
+def _flattened_line(group: RankGroup, modules: str) -> str:
+    stages = f"rank {span(group.rank_range)} in {modules} holds {', '.join(group.made_of)} as one"
+    return stages if group.error is None else f"{stages}; compressed, error {group.error:.2g}"

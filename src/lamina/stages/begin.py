@@ -114,7 +114,7 @@ def begin_stage(
         parent=chain.record if chain else None,
         older=tuple(older),
         config=trained or model.peft_config[name].to_dict(),
-        began=chain.parts[-1].lamina.began if chain and mode == "continue" else None,
+        continued=chain.parts[-1].lamina if chain and mode == "continue" else None,
         checkpoints=StageCheckpoints(),
     )
     return model

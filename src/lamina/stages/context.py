@@ -23,7 +23,7 @@ class StageContext:
         parent: the record of the chain below; None for the first stage.
         older: (adapter in the model, its lamina) for all ranks that don't train, oldest first.
         config: the config of the adapter that trains, as the user wrote it.
-        began: the initialisation by which its ranks have changed the base in an earlier stage.
+        continued: the lamina whose ranks it trains on, as the stage before left it; else None.
         checkpoints: how the model's `save_pretrained` and `load_adapter` treat the stage.
     """
 
@@ -33,7 +33,7 @@ class StageContext:
     parent: StageRecord | None
     older: tuple[tuple[str, Lamina], ...]
     config: dict[str, object]
-    began: str | None = None
+    continued: Lamina | None = None
     checkpoints: Any = None
 
 

@@ -163,8 +163,14 @@ def _newest_part(model: PeftModel, context: StageContext) -> Part:
         for module, layer in adapted_layers(model.get_base_model())
         if context.name in layer.records
     }
+    before = context.continued
     lamina = Lamina(
-        stage=context.name, config=dict(context.config), ranks=ranks, began=context.began
+        stage=context.name,
+        config=dict(context.config),
+        ranks=ranks,
+        began=before.began if before else None,
+        made_of=before.made_of if before else (),
+        error=before.error if before else None,
     )
     return _part(model, context.name, lamina)
 
@@ -230,6 +236,7 @@ def _record(
         laminae=tuple(part.lamina for part in parts),
         saved_modules=saved,
         biases=biases,
+        left_out=context.parent.left_out if context.parent else (),
     )
 
 
