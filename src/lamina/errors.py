@@ -145,6 +145,10 @@ class ConversionError(LaminaError, TypeError, ValueError):
     """What was trained another way can't be turned into a LoRA adapter."""
 
 
+class ExportError(LaminaError, ValueError):
+    """An adapter can't be written for another program, or that program would refuse it."""
+
+
 class MissingExtraError(LaminaError, ImportError):
     """A feature needs an optional package that is not installed."""
 
