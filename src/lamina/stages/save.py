@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,25 +13,28 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from pydantic_core import to_jsonable_python
 
 from lamina.checkpoint.adapter import write_adapter
+from lamina.checkpoint.digest import tensors_digest
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.origin import LEAVES, PREFIX
-from lamina.checkpoint.record import Lamina, Stage, StageRecord
+from lamina.checkpoint.record import Lamina, Probe, Stage, StageRecord
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
 from lamina.engine.flat_config import flat_config
 from lamina.engine.layers import LayerAdapter
 from lamina.engine.layers.linear import store_in_by_out
 from lamina.engine.names import adapted_layers
-from lamina.errors import StageError
+from lamina.errors import ProbeWarning, StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
 from lamina.stages.bases import tokenizer_digest
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.stages.original import on_original_base
+from lamina.stages.probing import probe_of
 from lamina.storage.atomic import atomic_directory
 
 
@@ -41,6 +45,7 @@ def save_stage(
     metrics: Mapping[str, float] | None = None,
     data: Any = None,
     tokenizer: Any = None,
+    probe: bool = True,
 ) -> StageRecord:
     """Write the chain that a model holds as one ordinary PEFT adapter with a stage record.
 
@@ -53,6 +58,9 @@ def save_stage(
         metrics: numbers to record, by name.
         data: what the stage was trained on: anything that JSON can hold.
         tokenizer: the one that it was trained with; its vocabulary's hash is recorded.
+        probe: record what the model, and its base alone, answer to a few tokens, so that
+            `lamina verify` can replay it. A model that can't be asked is saved without, which a
+            `ProbeWarning` tells.
 
     Returns:
         The record that was written.
@@ -89,9 +97,28 @@ def save_stage(
     if config.bias == "lora_only":
         others = {**_untrained_biases(model), **others}
     tensors = {**to_tensors(wholes, embeddings), **newest.extras, **others}
+    asked, failure = None, None
+    if probe:
+        adapters = [*(adapter for adapter, _ in context.older), context.name]
+        asked, failure = probe_of(model, adapters, list(saved))
+    record = _proved(record, asked, tensors)
     with atomic_directory(path) as staging:
         write_adapter(staging, config, tensors, record.to_metadata())
+    if failure is not None:
+        warnings.warn(f"{path} is saved without a probe: {failure}", ProbeWarning, stacklevel=2)
     return record
+
+
+def _proved(
+    record: StageRecord, probe: Probe | None, tensors: Mapping[str, torch.Tensor]
+) -> StageRecord:
+    """The record with what the stage's model answers, and the digest of what is saved."""
+    newest = record.newest.model_copy(update={"probe": probe})
+    stages = (*record.stages[:-1], newest)
+    # What has no values can't be written either, and is refused there.
+    empty = any(tensor.is_meta for tensor in tensors.values())
+    weights = None if empty else tensors_digest(tensors)
+    return record.model_copy(update={"stages": stages, "weights": weights})
 
 
 def _check_whole(model: PeftModel, context: StageContext) -> None:
