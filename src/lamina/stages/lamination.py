@@ -60,12 +60,14 @@ class Chain:
         record: its record; of a plain adapter, one stage of unknown origin.
         parts: its laminae, oldest first.
         others: modules trained whole and biases, by their names on disk.
+        embeddings: plain names of the adapted embeddings, whose factors have names of their own.
     """
 
     source: str
     record: StageRecord
     parts: tuple[Part, ...]
     others: dict[str, torch.Tensor]
+    embeddings: frozenset[str] = frozenset()
 
 
 def scaling_of(config: LoraConfig, module: str) -> float:
@@ -74,11 +76,16 @@ def scaling_of(config: LoraConfig, module: str) -> float:
     return LayerAdapter.of(config, r, alpha).scaling
 
 
-def take_apart(file: AdapterFile) -> Chain:
+def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
     """The laminae of a file, each with its own factors.
 
     The biases of B are summed in the file; the newest lamina that has one in a module carries
     the sum there.
+
+    Args:
+        file: what was read.
+        as_stored: leave B as it is in the file, with the file's scaling in front, rather than as
+            the lamina's own config means it: nothing is rounded then.
 
     Raises:
         CheckpointError: a module lacks one of its factors, or it is AdaLoRA.
@@ -102,7 +109,7 @@ def take_apart(file: AdapterFile) -> Chain:
     for module, whole in wholes.items():
         here = [i for i, lamina in enumerate(record.laminae) if module in lamina.ranks]
         ranks = [record.laminae[i].ranks[module] for i in here]
-        scalings = [scaling_of(configs[i], module) for i in here]
+        scalings = [whole.scaling if as_stored else scaling_of(configs[i], module) for i in here]
         carrier = next((i for i in reversed(here) if configs[i].lora_bias), None)
         for i, part in zip(here, separate(whole, ranks, scalings), strict=True):
             factors[i][module] = _with_bias(part, whole, configs[i], carries=i == carrier)
@@ -113,7 +120,8 @@ def take_apart(file: AdapterFile) -> Chain:
     if extras:
         _refuse_several(parts, f"in {file.source}")
         parts[-1] = replace(parts[-1], extras=extras)
-    return Chain(file.source, record, tuple(parts), others)
+    embeddings = {split_key(key)[0] for key in file.tensors if split_key(key)[1] == A_LEAVES[1]}
+    return Chain(file.source, record, tuple(parts), others, frozenset(embeddings))
 
 
 def _refuse_several(parts: Sequence[Part], where: str) -> None:

@@ -4,6 +4,7 @@ Everything works on the factors; a dense matrix is formed only for methods that 
 entries of the update itself (`ties_svd`, `dare_*_svd`, `magnitude_prune_svd`), a layer at a time.
 """
 
+from lamina.engine.combine.compress import Compressed, compress, distance
 from lamina.engine.combine.layer import Combined, Part, combine
 from lamina.engine.combine.methods import METHODS, Method, Settings, method_of, register
 from lamina.engine.combine.truncate import Truncated, truncate_dense, truncate_product
@@ -11,11 +12,14 @@ from lamina.engine.combine.truncate import Truncated, truncate_dense, truncate_p
 __all__ = [
     "METHODS",
     "Combined",
+    "Compressed",
     "Method",
     "Part",
     "Settings",
     "Truncated",
     "combine",
+    "compress",
+    "distance",
     "method_of",
     "register",
     "truncate_dense",
