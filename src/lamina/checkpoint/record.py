@@ -45,10 +45,14 @@ class Sketch(_Part):
         version: of the rule that chooses what is sampled.
         tensors: `NAME SHAPE` of each tensor in the order of the samples; runs of numbers are
             folded, as in `layers.{0-31}.mlp.up_proj.weight 14336x4096`.
-        samples: number of values per tensor.
+            After the shape, "quantised" says that the values were read through a quantiser, and
+            "unread" that none were.
+        samples: number of values per tensor: half of them are the first in a window, the other
+            half the smallest.
         values: the values rounded to bfloat16, tensor by tensor: their bits, little-endian, in
             base64.
-        dtype: what most of the weights had when they were sampled.
+        offsets: where in its window the smallest value is, a byte each, in base64.
+        dtype: what most of the dense weights had when they were sampled; "float16" if any had it.
         quantization: the quantiser they were read through, as in `Base`; None if they were dense.
     """
 
@@ -56,8 +60,18 @@ class Sketch(_Part):
     tensors: tuple[str, ...]
     samples: int
     values: str
+    offsets: str
     dtype: str | None = None
     quantization: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> Sketch:
+        # Here, because most records are read for something else, and numpy takes a while.
+        from lamina.checkpoint.sketch.sampling import VERSION, samples
+
+        if self.version == VERSION:
+            samples(self)
+        return self
 
 
 class Answers(_Part):
@@ -217,6 +231,8 @@ class StageRecord(_Part):
         saved_modules: module trained whole -> the stage whose copy the file holds.
         biases: bias of the base -> the stage whose values the file holds. Others that may be there
             are the base's own.
+        token_rows: plain name of a table -> stage -> the indices of the rows that it replaces there
+            (`trainable_token_indices`). The file has them in the order of their indices.
         weights: SHA-256 of the adapter's tensors as they were saved: names, dtypes, shapes, bytes.
         left_out: stages that these were trained on, and whose part is not in this file, since it
             was split or flattened in part.
@@ -227,12 +243,13 @@ class StageRecord(_Part):
     laminae: tuple[Lamina, ...]
     saved_modules: dict[str, str] = Field(default_factory=dict)
     biases: dict[str, str] = Field(default_factory=dict)
+    token_rows: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
     weights: str | None = None
     left_out: tuple[str, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _leave_out_empty(write(self), "weights", "left_out")
+        return _leave_out_empty(write(self), "token_rows", "weights", "left_out")
 
     @model_validator(mode="after")
     def _consistent(self) -> StageRecord:
@@ -246,6 +263,7 @@ class StageRecord(_Part):
             *(stage for lamina in self.laminae for stage in lamina.made_of),
             *self.saved_modules.values(),
             *self.biases.values(),
+            *(stage for stages in self.token_rows.values() for stage in stages),
         ]
         unknown = sorted(set(pointers) - set(names))
         if unknown:
