@@ -16,6 +16,8 @@ UNKNOWN = "imported"
 A_LEAVES = ("lora_A.weight", "lora_embedding_A", "lora_A")
 B_LEAVES = ("lora_B.weight", "lora_embedding_B", "lora_B")
 LEAVES = (*A_LEAVES, *B_LEAVES, "lora_B.bias")
+# Rows that replace a table's own (`trainable_token_indices`).
+ROWS = "token_adapter.trainable_tokens_delta"
 # What a variant of LoRA keeps beside A and B is named like them: `lora_magnitude_vector`.
 _OF_VARIANT = re.compile(r"^(.+)\.(lora_[A-Za-z_]+(?:\.[a-z_]+)?)$")
 WRAPPERS = re.compile(
@@ -82,6 +84,7 @@ def record_of(
         if totals.get(module) != ranks.get(module)
     ]
     faults += _faults_of_others(record, shapes)
+    faults += _faults_of_rows(record, shapes)
     if faults:
         raise RecordError(
             f"The stage record of {source} and its tensors contradict each other in "
@@ -97,7 +100,7 @@ def _faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
     unseen = {*record.saved_modules, *record.biases}
     faults = []
     for name, leaf in map(split_key, shapes):
-        if leaf is not None:
+        if leaf is not None or name.endswith(f".{ROWS}"):
             continue
         bias = name.replace(".base_layer.", ".")
         saved = [module for module in record.saved_modules if name.startswith(f"{module}.")]
@@ -109,12 +112,57 @@ def _faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
     return faults + [f"{name} is in the record, not in the file" for name in sorted(unseen)]
 
 
+def _faults_of_rows(record: StageRecord, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is wrong with replaced rows of tables."""
+    there = {table_of(key): int(shape[0]) for key, shape in shapes.items() if table_of(key)}
+    told = {table: sum(map(len, stages.values())) for table, stages in record.token_rows.items()}
+    return [
+        f"{table}: {there.get(table, 0)} replaced rows in the file, {told.get(table, 0)} in the "
+        "record"
+        for table in sorted({*filter(None, there), *told})
+        if there.get(table) != told.get(table)
+    ]
+
+
+def table_of(key: str) -> str | None:
+    """The plain name of the table whose replaced rows a tensor has; None for other tensors."""
+    name = key.removeprefix(PREFIX)
+    return name.removesuffix(f".{ROWS}") if name.endswith(f".{ROWS}") else None
+
+
+def rows_in(config: LoraConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Plain name of a table -> the indices of the rows that a file has of it, in its order.
+
+    Raises:
+        RecordError: config and tensors contradict each other.
+    """
+    asked = config.trainable_token_indices or {}
+    found = {}
+    for key, shape in shapes.items():
+        table = table_of(key)
+        if table is None:
+            continue
+        if isinstance(asked, dict):
+            fits = (rows for name, rows in asked.items() if f".{table}".endswith(f".{name}"))
+            indices = tuple(next(fits, ()))
+        else:
+            indices = tuple(asked)
+        if len(indices) != int(shape[0]):
+            raise RecordError(
+                f"{table} has {shape[0]} replaced rows in the file, {len(indices)} in the config.",
+                cure="save or download the adapter again",
+            )
+        found[table] = indices
+    return found
+
+
 def _unknown_origin(
-    config: LoraConfig, ranks: dict[str, int], shapes: Iterable[str]
+    config: LoraConfig, ranks: dict[str, int], shapes: Mapping[str, Sequence[int]]
 ) -> StageRecord:
     base = Base(name_or_path=config.base_model_name_or_path, revision=config.revision)
     wanted = tuple(config.modules_to_save or ())
-    others = [name for name, leaf in map(split_key, shapes) if leaf is None]
+    others = [name for name, leaf in map(split_key, shapes) if leaf is None and not table_of(name)]
+    rows = rows_in(config, shapes)
     saved = {owner for owner in (_saved_owner(name, wanted) for name in others) if owner}
     biases = [
         name.replace(".base_layer.", ".")
@@ -126,6 +174,7 @@ def _unknown_origin(
         laminae=(Lamina(stage=UNKNOWN, config=config.to_dict(), ranks=ranks),),
         saved_modules=dict.fromkeys(sorted(saved), UNKNOWN),
         biases=dict.fromkeys(biases, UNKNOWN) if config.bias != "none" else {},
+        token_rows={table: {UNKNOWN: indices} for table, indices in rows.items()},
     )
 
 

@@ -42,13 +42,21 @@ def grown(model: nn.Module, file: AdapterFile) -> Iterator[None]:
         yield
         return
     _check_covered(model, file, range(before, wanted))
-    resize: Any = model.resize_token_embeddings
-    resize(wanted, mean_resizing=False)
+    _resize(model, wanted)
     try:
         yield
     except BaseException:
-        resize(before, mean_resizing=False)
+        _resize(model, before)
         raise
+
+
+def _resize(model: nn.Module, rows: int) -> None:
+    modes = {name: table.training for name, table in _tables(model).items()}
+    resize: Any = model.resize_token_embeddings
+    resize(rows, mean_resizing=False)
+    # Resizing puts new tables in their places, in training mode.
+    for name, table in _tables(model).items():
+        table.training = modes.get(name, model.training)
 
 
 def _rows(model: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,12 +21,14 @@ from lamina.errors import AdapterNameError, FoldError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import HUB_OPTIONS, undone_on_error
+from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.checkpoints import StageCheckpoints
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import WITHOUT_STAGES, Chain, take_apart
 from lamina.stages.original import check_saveable, split_off_taken, take_again
 from lamina.stages.restore import base_weight_faults, restore_part
+from lamina.stages.rows import rows_asked, tables_with_ranks, take_over
 
 MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
 # What a config says of its surroundings rather than of the ranks.
@@ -78,7 +81,30 @@ def begin_stage(
     """
     _check_words(base, name, parent, mode, config, where)
     refuse_adapted(base)
-    chain = None if parent is None else take_apart(read_adapter(parent, **where))
+    file = None if parent is None else read_adapter(parent, **where)
+    with nullcontext() if file is None else grown(base, file):
+        return _begun(
+            base,
+            None if file is None else take_apart(file),
+            name=name,
+            mode=mode,
+            config=config,
+            allow_base_mismatch=allow_base_mismatch,
+            keep_unfolded=keep_unfolded,
+        )
+
+
+def _begun(
+    base: nn.Module,
+    chain: Chain | None,
+    *,
+    name: str,
+    mode: str | None,
+    config: PeftConfig | None,
+    allow_base_mismatch: bool,
+    keep_unfolded: bool,
+) -> PeftModel:
+    """`begin_stage` on a chain that was read, over a base that has all its rows."""
     described = describe_base(base)
     if chain is not None:
         faults = _chain_faults(chain, name, mode, config)
@@ -220,7 +246,7 @@ def _sum_faults(chain: Chain, name: str, config: LoraConfig) -> list[str]:
 
 
 # What lies in a file otherwise than as ranks of modules.
-_NO_RANKS = ("target_parameters", "trainable_token_indices", "layer_replication")
+_NO_RANKS = ("target_parameters", "layer_replication")
 
 
 def _check_one_file(model: PeftModel) -> None:
@@ -236,6 +262,10 @@ def _check_one_file(model: PeftModel) -> None:
         f"{path} is an nn.{type(layer).__name__}"
         for path, layer in lora_layers(model)
         if layer.kind == "attention"
+    ]
+    faults += [
+        f"{table} has rows of its own and a low-rank update"
+        for table in tables_with_ranks(model.get_base_model())
     ]
     if faults:
         raise StageError(
@@ -302,8 +332,10 @@ def _build(
     """Put all adapters of the stage into the model; returns those that don't train."""
     parts = chain.parts if chain else ()
     older = parts[:-1] if mode == "continue" else parts
+    rows = rows_asked(model.get_base_model(), None if mode == "continue" else config)
     for part in older:
-        restore_part(model, cast(Chain, chain), part, part.lamina.stage, drop_out=False)
+        stage = part.lamina.stage
+        restore_part(model, cast(Chain, chain), part, stage, drop_out=False, taken=rows)
     if mode == "continue":
         newest, taken = split_off_taken(model.get_base_model(), parts[-1])
         restore_part(model, cast(Chain, chain), newest, name, drop_out=True)
@@ -312,6 +344,8 @@ def _build(
         own = model._own_config(model.get_base_model(), copy.deepcopy(cast(PeftConfig, config)))
         own.inference_mode = False
         model.base_model.add(name, own, trainable=True)
+        if chain is not None:
+            take_over(model.get_base_model(), name, chain.rows, chain.others)
     adapters = [part.lamina.stage for part in older]
     model.set_adapter([*adapters, name], train=[name])
     return [(part.lamina.stage, part.lamina) for part in older]

@@ -16,6 +16,7 @@ from lamina.checkpoint.origin import (
     PREFIX,
     plain_key,
     record_of,
+    rows_in,
     split_key,
 )
 from lamina.checkpoint.record import Lamina, StageRecord
@@ -59,8 +60,9 @@ class Chain:
         source: where it came from.
         record: its record; of a plain adapter, one stage of unknown origin.
         parts: its laminae, oldest first.
-        others: modules trained whole and biases, by their names on disk.
+        others: modules trained whole, biases and replaced rows, by their names on disk.
         embeddings: plain names of the adapted embeddings, whose factors have names of their own.
+        rows: plain name of a table -> the indices of its replaced rows, in the file's order.
     """
 
     source: str
@@ -68,6 +70,7 @@ class Chain:
     parts: tuple[Part, ...]
     others: dict[str, torch.Tensor]
     embeddings: frozenset[str] = frozenset()
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def scaling_of(config: LoraConfig, module: str) -> float:
@@ -121,7 +124,8 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
         _refuse_several(parts, f"in {file.source}")
         parts[-1] = replace(parts[-1], extras=extras)
     embeddings = {split_key(key)[0] for key in file.tensors if split_key(key)[1] == A_LEAVES[1]}
-    return Chain(file.source, record, tuple(parts), others, frozenset(embeddings))
+    rows = rows_in(file.config, shapes)
+    return Chain(file.source, record, tuple(parts), others, frozenset(embeddings), rows)
 
 
 def _refuse_several(parts: Sequence[Part], where: str) -> None:

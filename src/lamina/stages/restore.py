@@ -10,17 +10,24 @@ from torch import nn
 
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.load import fill_adapter
-from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.origin import PREFIX, ROWS
 from lamina.checkpoint.report import LoadReport
 from lamina.config import LoraConfig
 from lamina.engine.names import places
 from lamina.engine.targets import make_plan
 from lamina.model import PeftModel
 from lamina.stages.lamination import Chain, Part, to_tensors
+from lamina.stages.rows import Rows, fill_rows, rows_of, without
 
 
 def restore_part(
-    model: PeftModel, chain: Chain, part: Part, adapter: str, *, drop_out: bool
+    model: PeftModel,
+    chain: Chain,
+    part: Part,
+    adapter: str,
+    *,
+    drop_out: bool,
+    taken: Rows | None = None,
 ) -> None:
     """Add one lamina of a chain to a model, under the name `adapter`, and activate it too.
 
@@ -34,6 +41,7 @@ def restore_part(
         adapter: what to call it in the model.
         drop_out: keep its `lora_dropout`. Ranks that are frozen for good are part of what the
             new stage learns on, and act in training as they do in inference.
+        taken: rows of tables that a newer stage has taken over.
 
     Raises:
         KeyMismatchError: the lamina's modules and the model's are not the same.
@@ -43,6 +51,8 @@ def restore_part(
     config.inference_mode = True
     config.modules_to_save = saved or None
     config.bias = "none"
+    rows = without(rows_of(chain.record.token_rows, part.lamina.stage), taken or {})
+    config.trainable_token_indices = rows or None
     if not drop_out:
         config.lora_dropout = 0.0
     _hit_exactly(model, config, set(part.factors))
@@ -73,6 +83,7 @@ def fill_part(model: PeftModel, chain: Chain, part: Part, adapter: str) -> LoadR
     tensors.update(
         {key: tensor for key, tensor in chain.others.items() if _owned(key, saved, biases)}
     )
+    tensors.update(fill_rows(model.get_base_model(), adapter, chain.rows, chain.others))
     where = f"{chain.source}, ranks of stage {stage!r}"
     return fill_adapter(model, adapter, state, tensors, source=where)
 
@@ -98,7 +109,7 @@ def base_weight_faults(base: nn.Module, chain: Chain) -> list[str]:
     names = {
         key: key.removeprefix(PREFIX).replace(".base_layer.", ".")
         for key in chain.others
-        if not key.endswith("bias") and not _owned(key, [*record.saved_modules], [])
+        if not key.endswith(("bias", ROWS)) and not _owned(key, [*record.saved_modules], [])
     }
     return [
         f"{names[key]} in the parent's file has other values than this base's; "

@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
@@ -21,6 +21,7 @@ from lamina.checkpoint.digest import tensors_digest
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.origin import LEAVES, PREFIX
 from lamina.checkpoint.record import Lamina, Probe, Stage, StageRecord
+from lamina.checkpoint.written import check_whole
 from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
 from lamina.engine.flat_config import flat_config
@@ -35,6 +36,7 @@ from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.stages.original import on_original_base
 from lamina.stages.probing import probe_of
+from lamina.stages.rows import gather
 from lamina.storage.atomic import atomic_directory
 
 
@@ -79,7 +81,11 @@ def save_stage(
     scaling = LayerAdapter.of(newest.config, newest.config.r, newest.config.lora_alpha).scaling
     wholes = put_together(parts, scaling)
     saved, biases, others = _others(model, context)
-    record = _record(_with_tokenizer(context, tokenizer), parts, saved, biases, metrics, data)
+    adapters = _adapters(context)
+    owners, rows, replaced = gather(model.get_base_model(), adapters)
+    record = _record(
+        _with_tokenizer(context, tokenizer), parts, saved, biases, owners, metrics, data
+    )
     config = flat_config(
         model.get_base_model(),
         newest.config,
@@ -88,6 +94,7 @@ def save_stage(
         scaling,
         list(saved),
     )
+    config.trainable_token_indices = rows or None
     config.base_model_name_or_path = context.base.name_or_path
     if config.task_type is None:
         config.auto_mapping = base_class(model.get_base_model())
@@ -96,10 +103,9 @@ def save_stage(
     config.fan_in_fan_out = store_in_by_out(layers.values())
     if config.bias == "lora_only":
         others = {**_untrained_biases(model), **others}
-    tensors = {**to_tensors(wholes, embeddings), **newest.extras, **others}
+    tensors = {**to_tensors(wholes, embeddings), **newest.extras, **others, **replaced}
     asked, failure = None, None
     if probe:
-        adapters = [*(adapter for adapter, _ in context.older), context.name]
         asked, failure = probe_of(model, adapters, list(saved))
     record = _proved(record, asked, tensors)
     with atomic_directory(path) as staging:
@@ -121,8 +127,13 @@ def _proved(
     return record.model_copy(update={"stages": stages, "weights": weights})
 
 
+def _adapters(context: StageContext) -> list[str]:
+    """All adapters of the chain in the model, oldest first."""
+    return [*(adapter for adapter, _ in context.older), context.name]
+
+
 def _check_whole(model: PeftModel, context: StageContext) -> None:
-    adapters = [*(adapter for adapter, _ in context.older), context.name]
+    adapters = _adapters(context)
     gone = [adapter for adapter in adapters if adapter not in model.peft_config]
     if gone:
         raise StageError(
@@ -169,10 +180,12 @@ def _part(model: PeftModel, adapter: str, lamina: Lamina) -> Part:
     config = cast(LoraConfig, PeftConfig.from_dict(lamina.config))
     factors = {}
     extras = {}
-    for module, layer in adapted_layers(model.get_base_model()):
-        record = layer.records.get(adapter)
-        if record is None:
-            continue
+    layers = [(m, x) for m, x in adapted_layers(model.get_base_model()) if adapter in x.records]
+    check_whole(
+        {f"{PREFIX}{m}.{leaf}": t for m, x in layers for leaf, t in x.tensors(adapter).items()}
+    )
+    for module, layer in layers:
+        record = layer.records[adapter]
         a, b = layer.factors(adapter)
         for leaf, tensor in layer.tensors(adapter).items():
             if leaf not in LEAVES:
@@ -209,7 +222,7 @@ def _others(
     saved: dict[str, str] = {}
     biases: dict[str, str] = {}
     tensors: dict[str, Any] = {}
-    for adapter in (*(adapter for adapter, _ in context.older), context.name):
+    for adapter in _adapters(context):
         for key, slot in slots(model, adapter, model.adapter_state).items():
             if slot.kind == "factor":
                 continue
@@ -245,6 +258,7 @@ def _record(
     parts: list[Part],
     saved: dict[str, str],
     biases: dict[str, str],
+    rows: Mapping[str, Mapping[str, Sequence[int]]],
     metrics: Mapping[str, float] | None,
     data: Any,
 ) -> StageRecord:
@@ -263,6 +277,7 @@ def _record(
         laminae=tuple(part.lamina for part in parts),
         saved_modules=saved,
         biases=biases,
+        token_rows=rows,
         left_out=context.parent.left_out if context.parent else (),
     )
 
