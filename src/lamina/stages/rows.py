@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lamina.checkpoint.origin import PREFIX, ROWS
-from lamina.config import LoraConfig
+from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.layers import LoraLayer, TrainableTokensLayer, TrainableTokensWrapper
 from lamina.engine.names import places
 from lamina.engine.targets import make_plan
@@ -39,9 +39,9 @@ def tables_with_ranks(model: nn.Module) -> list[str]:
     ]
 
 
-def rows_asked(model: nn.Module, config: LoraConfig | None) -> dict[str, tuple[int, ...]]:
+def rows_asked(model: nn.Module, config: PeftConfig | None) -> dict[str, tuple[int, ...]]:
     """The rows that a config would replace in a model."""
-    if config is None or not config.trainable_token_indices:
+    if not isinstance(config, LoraConfig) or not config.trainable_token_indices:
         return {}
     plan = make_plan(model, config, strict=False)
     return {each.name: each.indices for each in plan.tokens if each.tied_to is None}
@@ -63,13 +63,13 @@ def without(rows: Mapping[str, Sequence[int]], taken: Rows) -> dict[str, list[in
 
 def gather(
     model: nn.Module, adapters: Sequence[str]
-) -> tuple[dict[str, dict[str, list[int]]], dict[str, list[int]], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, list[int]], dict[str, torch.Tensor]]:
     """All rows of a model's adapters, as they go into one file.
 
     Returns:
         table -> adapter -> its rows; table -> all rows, in the file's order; key -> tensor.
     """
-    owners: dict[str, dict[str, list[int]]] = {}
+    owners: dict[str, dict[str, tuple[int, ...]]] = {}
     together: dict[str, list[int]] = {}
     tensors = {}
     for name, table in tables(model).items():
@@ -77,7 +77,7 @@ def gather(
         for adapter in adapters:
             own = table.token_indices.get(adapter) if adapter in table.records else None
             if own:
-                owners.setdefault(name, {})[adapter] = sorted(own)
+                owners.setdefault(name, {})[adapter] = tuple(sorted(own))
                 rows.update(zip(own, table.rows(adapter).detach(), strict=True))
         if rows:
             together[name] = sorted(rows)

@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
@@ -258,7 +258,7 @@ def _record(
     parts: list[Part],
     saved: dict[str, str],
     biases: dict[str, str],
-    rows: Mapping[str, Mapping[str, Sequence[int]]],
+    rows: dict[str, dict[str, tuple[int, ...]]],
     metrics: Mapping[str, float] | None,
     data: Any,
 ) -> StageRecord:
