@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamina.checkpoint.written import check_whole, check_written
 from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lamina.errors import CheckpointError
 from lamina.storage.source import AdapterFiles, PathOrId, find_adapter
@@ -105,23 +106,26 @@ def write_adapter(
 ) -> None:
     """Write the two files of an adapter into a directory that nobody reads yet.
 
-    Make it whole or not at all by writing inside `lamina.storage.atomic.atomic_directory`.
+    The weights are opened again and compared with memory. Make it whole or not at all by writing
+    inside `lamina.storage.atomic.atomic_directory`.
+
+    Raises:
+        CheckpointError: a tensor is not whole in this process, is not a number, or isn't in the
+            file as it is in memory.
     """
+    check_whole(tensors)
     directory.mkdir(parents=True, exist_ok=True)
     taken: set[int] = set()
-    save_file(
-        {key: _own(tensor, taken) for key, tensor in tensors.items()},
-        directory / WEIGHTS_NAME,
-        metadata={"format": "pt", **(metadata or {})},
-    )
+    own = {key: _own(tensor, taken) for key, tensor in tensors.items()}
+    strings = {"format": "pt", **(metadata or {})}
+    save_file(own, directory / WEIGHTS_NAME, metadata=strings)
+    check_written(directory / WEIGHTS_NAME, own, strings)
     (directory / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
 def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """The tensor with memory of its own, as safetensors asks for."""
-    tensor = tensor.detach()
-    if tensor.is_meta:
-        raise CheckpointError("The adapter has weights on the meta device: nothing to save yet.")
+    """The tensor on the CPU with memory of its own, as safetensors asks for."""
+    tensor = tensor.detach().cpu()
     storage = tensor.untyped_storage()
     whole = storage.nbytes() == tensor.numel() * tensor.element_size()
     if not whole or not tensor.is_contiguous() or storage.data_ptr() in taken:

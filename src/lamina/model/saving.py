@@ -12,6 +12,7 @@ import torch
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.keys import slots, taken
 from lamina.checkpoint.ranks import without_lost_ranks
+from lamina.checkpoint.written import check_whole
 from lamina.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
 from lamina.engine.allocation import without_adapter
 from lamina.engine.layers import ModulesToSaveWrapper, lora_layers
@@ -69,12 +70,13 @@ def adapter_tensors(
     """Name on disk -> tensor, for one adapter.
 
     Raises:
-        CheckpointError: `state_dict` was given and lacks some of them.
+        CheckpointError: `state_dict` was given and lacks some of them, or some are not whole.
     """
     found = slots(model, name, model.adapter_state, alone=True)
     config = model.peft_config[name]
     if state_dict is None:
         own = {key: slot.tensor.detach() for key, slot in found.items()}
+        check_whole(own)
         return without_lost_ranks(own, found, config)
     given = taken(found, name, state_dict)
     missing = sorted(found.keys() - given.keys())
@@ -84,6 +86,7 @@ def adapter_tensors(
             faults=missing[:6],
             cure="gather all parameters before saving, or leave state_dict out",
         )
+    check_whole(given)
     return without_lost_ranks(given, found, config)
 
 
