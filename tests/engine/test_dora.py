@@ -13,6 +13,7 @@ from lamina.checkpoint.origin import plain_key, split_key
 from lamina.config import LoraConfig
 from lamina.engine.fold import fold, unfold
 from lamina.engine.layers import LoraLayer
+from lamina.engine.ops import reference
 from lamina.engine.variants import dora_norm
 from lamina.engine.variants.dora_norm import DoraCaching, row_norms
 from lamina.errors import ConfigError, TargetError
@@ -145,7 +146,7 @@ def test_the_update_is_told_without_the_magnitude() -> None:
 def test_norms_are_those_of_the_sum_whatever_the_blocks(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dora_norm, "_BLOCK", block)
+    monkeypatch.setattr(reference, "_BLOCK", block)
     with models.seeded(1):
         weight, a, b = torch.randn(12, 7), torch.randn(3, 7), torch.randn(12, 3)
     wanted = (weight.double() + 1.5 * b.double() @ a.double()).square().sum(1).sqrt()

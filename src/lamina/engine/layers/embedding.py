@@ -64,4 +64,4 @@ class Embedding(LoraLayer):
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         a, b = self.factors(adapter)
-        return lora_linear_delta(a, b, self.records[adapter].scaling).T
+        return lora_linear_delta(b.T, a.T, self.records[adapter].scaling)

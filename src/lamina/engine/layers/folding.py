@@ -86,13 +86,14 @@ class Folding(AdapterHolder):
                 weight = self.records[name].variant.fold(self, name, weight)
             if lent is not None:
                 weight -= lent
-        return weight, self._folded_bias(names)
+        return weight, self.folded_bias(names)
 
     def lent(self, names: Sequence[str]) -> torch.Tensor | None:
         """What has to be in the base's weight while these adapters are added, and not after."""
         return None
 
-    def _folded_bias(self, names: Sequence[str]) -> torch.Tensor | None:
+    def folded_bias(self, names: Sequence[str]) -> torch.Tensor | None:
+        """The base's bias with those of these adapters' B added; None if they have none."""
         biased = [name for name in names if self.records[name].lora_bias]
         if not biased:
             return None

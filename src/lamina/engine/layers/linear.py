@@ -46,8 +46,9 @@ class Linear(LoraLayer):
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         a, b = self.factors(adapter)
-        delta = lora_linear_delta(a, b, self.records[adapter].scaling)
-        return delta.T if self.fan_in_fan_out else delta
+        # Rows are those of the weight as it is stored.
+        left, right = (a.T, b.T) if self.fan_in_fan_out else (b, a)
+        return lora_linear_delta(right, left, self.records[adapter].scaling)
 
 
 def store_in_by_out(layers: Iterable[LoraLayer]) -> bool:

@@ -98,8 +98,14 @@ class ParamWrapper(LoraLayer):
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         left, right = self.sides(adapter)
-        dtype = accumulation_dtype(left.dtype)
-        return (left.to(dtype) @ right.to(dtype)) * self.records[adapter].scaling
+        dtype, scaling = accumulation_dtype(left.dtype), self.records[adapter].scaling
+        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+            return (left.to(dtype) @ right.to(dtype)) * scaling
+        delta = left.new_empty((*left.shape[:-1], right.shape[-1]), dtype=dtype)
+        # One expert after another: a part of them has the bits of the whole, and no copy is large.
+        for part, l_PR, r_RQ in zip(*map(_as_stack, (delta, left, right)), strict=True):
+            torch.mul(_packed(l_PR, dtype) @ _packed(r_RQ, dtype), scaling, out=part)
+        return delta
 
     def why_not_foldable(self, names: Sequence[str]) -> str | None:
         reasons = (self.records[n].variant.why_not_foldable(self, n) for n in names)
@@ -136,6 +142,14 @@ class ParamWrapper(LoraLayer):
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}"
+
+
+def _as_stack(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices if matrices.dim() == 3 else matrices[None]
+
+
+def _packed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return matrix.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class _Added(nn.Module):

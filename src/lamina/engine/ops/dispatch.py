@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lamina.engine.ops.reference import lora_linear, lora_linear_delta
+from lamina.engine.ops.reference import lora_linear, lora_linear_delta, rows_at_a_time
 
-__all__ = ["lora_linear", "lora_linear_delta"]
+__all__ = ["lora_linear", "lora_linear_delta", "rows_at_a_time"]

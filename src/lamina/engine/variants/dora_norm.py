@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from lamina.engine.dtypes import accumulation_dtype, exact
-
-# Entries of a weight that are summed up at a time: B @ A never exists as a whole.
-_BLOCK = 2**22
+from lamina.engine.ops.dispatch import rows_at_a_time
 
 
 @torch.no_grad()
@@ -20,12 +18,11 @@ def row_norms(
 ) -> torch.Tensor:
     """`norm(W + scaling * B @ A)` of each row, in the accumulation dtype: shape (out,).
 
-    It is made a block of rows at a time, so that it costs the memory of a block, and not that of
-    the weight.
+    It is made a block of rows at a time, so that B @ A never exists as a whole.
     """
     dtype = accumulation_dtype(A_RI.dtype)
     a, b = A_RI.to(dtype), B_OR.to(dtype)
-    step = max(1, _BLOCK // max(1, weight_OI.shape[1]))
+    step = rows_at_a_time(weight_OI.shape[1])
     with exact(weight_OI.device):
         blocks = [
             torch.linalg.vector_norm(

@@ -7,6 +7,8 @@ from torch import nn
 
 from lamina.engine.weights.base import BaseWeight
 
+ON_META = "it is on the meta device"
+
 
 class DenseWeight(BaseWeight):
     """`layer.weight` as torch stores it: read, written and replaced as a tensor."""
@@ -32,7 +34,7 @@ class DenseWeight(BaseWeight):
 
     @property
     def why_not_writable(self) -> str | None:
-        return "it is on the meta device" if self.parameter.is_meta else None
+        return ON_META if self.parameter.is_meta else None
 
     @property
     def device(self) -> torch.device:
