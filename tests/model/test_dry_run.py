@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lamina import LoraConfig, find_all_linear_names, get_peft_model
+from lamina.checkpoint.structure import empty_model
 from lamina.errors import CheckpointError, TargetError
-from lamina.model.dry_run import dry_run, empty_model
+from lamina.model.dry_run import dry_run
 from tests import models
 
 

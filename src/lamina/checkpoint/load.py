@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -49,13 +50,9 @@ def fill_adapter(
         FoldError: the adapter is folded into the base weights; likewise.
     """
     _refuse_folded(model, adapter, state)
-    wanted = slots(model, adapter, state)
-    given = _renamed(tensors, wanted, key_mapping or {})
-    base = _base_tensors(model, given, wanted)
-    matched = {key: slot for key, slot in wanted.items() if key in given}
-    wrong = misfits(matched, given)
-    for key, _, _ in wrong:
-        del matched[key]
+    found = match_tensors(model, adapter, state, tensors, key_mapping)
+    wanted, given, base, matched = found.wanted, found.given, found.base, found.matched
+    wrong = found.mismatched
     zero = [
         key
         for key, slot in matched.items()
@@ -63,8 +60,8 @@ def fill_adapter(
     ]
     report = LoadReport(
         loaded=tuple(matched),
-        missing_keys=sorted(wanted.keys() - given.keys()),
-        unexpected_keys=sorted(given.keys() - wanted.keys() - base.keys()),
+        missing_keys=found.missing_keys,
+        unexpected_keys=found.unexpected_keys,
         mismatched_keys=wrong,
         base_keys=tuple(base),
         replaced_keys=tuple(key for key in base if not _holds(base[key], given[key])),
@@ -78,6 +75,63 @@ def fill_adapter(
     _begin_unfilled(model, adapter, wanted, matched)
     _put(matched, base, given)
     return report
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which tensors of a file go where in a model.
+
+    Attributes:
+        wanted: name on disk -> slot, for all of the adapter.
+        given: the tensors under the names that the model uses.
+        base: weights of the base that the file brings along.
+        matched: the slots that a tensor of the right shape goes into.
+        mismatched: (name, shape in the file, shape in the model) of those of another shape.
+    """
+
+    wanted: Mapping[str, Slot]
+    given: Mapping[str, torch.Tensor]
+    base: dict[str, nn.Parameter]
+    matched: dict[str, Slot]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Adapter weights of the model that the file has no tensor for."""
+        return sorted(self.wanted.keys() - self.given.keys())
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """Tensors of the file that have no place in the model."""
+        return sorted(self.given.keys() - self.wanted.keys() - self.base.keys())
+
+
+def match_tensors(
+    model: nn.Module,
+    adapter: str,
+    state: AdapterState,
+    tensors: Mapping[str, torch.Tensor],
+    key_mapping: dict[str, str] | None = None,
+) -> Matching:
+    """Find where the tensors of a file go; names and shapes decide, nothing is changed.
+
+    Args:
+        model: the model, with the adapter in it.
+        adapter: its name.
+        state: the model's shared state.
+        tensors: name on disk -> tensor, which may be on the meta device.
+        key_mapping: regular expression -> replacement, applied to the file's names.
+
+    Raises:
+        KeyMismatchError: the mapping gives two tensors one name.
+    """
+    wanted = slots(model, adapter, state)
+    given = _renamed(tensors, wanted, key_mapping or {})
+    matched = {key: slot for key, slot in wanted.items() if key in given}
+    wrong = misfits(matched, given)
+    for key, _, _ in wrong:
+        del matched[key]
+    return Matching(wanted, given, _base_tensors(model, given, wanted), matched, wrong)
 
 
 def _refuse_folded(model: nn.Module, adapter: str, state: AdapterState) -> None:

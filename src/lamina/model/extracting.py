@@ -12,6 +12,7 @@ from torch import nn
 
 from lamina.checkpoint.adapter import write_adapter
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX
+from lamina.checkpoint.structure import empty_model
 from lamina.checkpoint.weights import WeightsOnDisk
 from lamina.config import ALL_LINEAR, LoraConfig
 from lamina.engine.combine import truncate_dense
@@ -22,7 +23,6 @@ from lamina.engine.targets import LayerPlan, make_plan
 from lamina.errors import ConversionError
 from lamina.model.adapted import refuse_adapted
 from lamina.model.combining import LayerReport
-from lamina.model.dry_run import empty_model
 from lamina.storage.atomic import atomic_directory
 
 Weights = Mapping[str, torch.Tensor]
