@@ -16,7 +16,7 @@ from lamina.engine.fold import as_base
 from lamina.errors import FoldError, ProbeError
 
 TOP = 4
-PROJECTIONS = 2
+PROJECTIONS = 3
 _DIGITS = 6
 
 

@@ -48,28 +48,43 @@ class Effect:
         return not self.is_certain or abs(self.size - 1) <= _ALLOWED + self.error
 
 
-def effect_of(expected: Answers, base: Outputs, actual: Outputs) -> Effect | None:
+def effect_of(
+    expected: Answers, base: Outputs, actual: Outputs, *, recorded_base: Answers | None = None
+) -> Effect | None:
     """The size of an adapter's effect, relative to the recorded one.
 
-    None where answers have other shapes, are too few to tell, or the recorded effect is none.
+    With the recorded answers of the base, each side's change is measured from its own base, so that
+    what a quantiser or another dtype does to the base falls out. None where answers have other
+    shapes, are too few to tell, or the recorded effect is none.
 
     Args:
         expected: what base and adapter answered together, on record.
         base: what the base at hand answers alone.
         actual: what base and adapter answer here.
+        recorded_base: what the base answered alone, on record.
     """
-    numbers = [_numbers(expected, each) for each in (base, actual)]
-    zero, ours = numbers
-    if zero is None or ours is None or len(zero) < _LEAST:
+    if recorded_base is None:
+        theirs = _tensor([*_flat(expected.logits), *_flat(expected.digest)])
+        zero, ours = _numbers(expected, base), _numbers(expected, actual)
+        before = zero
+    else:
+        theirs, before = _tensor(_flat(expected.digest)), _tensor(_flat(recorded_base.digest))
+        zero, ours = (digest(each.values.double()).flatten() for each in (base, actual))
+    sides = (theirs, before, ours, zero)
+    if any(side is None or side.shape != theirs.shape for side in sides) or len(theirs) < _LEAST:
         return None
-    theirs = torch.tensor([*_flat(expected.logits), *_flat(expected.digest)], dtype=torch.float64)
-    wanted, found = theirs - zero, ours - zero
+    assert before is not None and ours is not None and zero is not None
+    wanted, found = theirs - before, ours - zero
     power = float(wanted.square().sum())
     if power == 0 or not math.isfinite(power) or not bool(found.isfinite().all()):
         return None
     size = float((wanted * found).sum()) / power
-    left = float((found - size * wanted).square().sum()) / (len(zero) - 1)
-    return Effect(size, _SHARED * math.sqrt(left / power), math.sqrt(power / len(zero)))
+    left = float((found - size * wanted).square().sum()) / (len(theirs) - 1)
+    return Effect(size, _SHARED * math.sqrt(left / power), math.sqrt(power / len(theirs)))
+
+
+def _tensor(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _numbers(expected: Answers, outputs: Outputs) -> torch.Tensor | None:
