@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from lamina.interop.peft.beginnings import check_convertible
 from lamina.interop.peft.constants import WEIGHTS_NAME
 from lamina.model.saving import config_on_disk
 from lamina.model.tasks import base_class
+from lamina.storage.atomic import atomic_directory
+
+_CARD = "README.md"
 
 
 def save(
@@ -28,10 +32,11 @@ def save(
     initial: str | None,
     state_dict: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write adapters: "default" at the root, others in folders.
+    """Write adapters: "default" at the root, others in folders; all of them or nothing.
 
     Raises:
         ValueError: the directory is a file, or an adapter isn't there.
+        CheckpointError: the directory can't be written, or a tensor is not whole.
     """
     if directory.is_file():
         raise ValueError(f"Provided path ({directory}) should be a directory, not a file")
@@ -43,23 +48,25 @@ def save(
         )
     if not is_main_process:
         return
-    directory.mkdir(parents=True, exist_ok=True)
     if state_dict is None and "state_dict" in model.__dict__:
         # Who replaced the model's own method means what it gives.
         state_dict = model.state_dict()
-    model.create_or_update_model_card(directory)
-    for name in names:
-        found = tensors.get_peft_model_state_dict(
-            model,
-            state_dict=state_dict,
-            adapter_name=name,
-            save_embedding_layers=save_embedding_layers,
-        )
-        config = _config(model, name)
-        if initial is not None:
-            config, found = _converted(model, name, initial, config, found)
-        place = directory if name == "default" else directory / name
-        _write(place, config, found, safe_serialization)
+    with atomic_directory(directory) as staging:
+        if (directory / _CARD).is_file():
+            shutil.copyfile(directory / _CARD, staging / _CARD)
+        model.create_or_update_model_card(staging)
+        for name in names:
+            found = tensors.get_peft_model_state_dict(
+                model,
+                state_dict=state_dict,
+                adapter_name=name,
+                save_embedding_layers=save_embedding_layers,
+            )
+            config = _config(model, name)
+            if initial is not None:
+                config, found = _converted(model, name, initial, config, found)
+            place = staging if name == "default" else staging / name
+            _write(place, config, found, safe_serialization)
 
 
 def _config(model: Any, name: str) -> Any:
