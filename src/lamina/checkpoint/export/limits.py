@@ -24,16 +24,20 @@ def rank_flag(rank: int) -> int | None:
     return next((limit for limit in VLLM_RANKS if rank <= limit), None)
 
 
-def vllm_faults(contents: Contents, max_rank: int = VLLM_DEFAULT_RANK) -> list[Finding]:
+def vllm_faults(
+    contents: Contents, max_rank: int = VLLM_DEFAULT_RANK, *, rank: int | None = None
+) -> list[Finding]:
     """Everything for which vLLM would refuse an adapter, or serve something else; with cures.
 
     Args:
         contents: the adapter's, by `read_contents` or `sort_contents`.
         max_rank: the server's `--max-lora-rank`.
+        rank: what it is going to be compressed to; None leaves it as it is.
     """
     heads = tuple(owner for owner in contents.wholes if owner.rpartition(".")[2] in _HEADS)
     return [
-        *_rank_faults(contents.rank, max_rank),
+        *_limit_faults(max_rank),
+        *_rank_faults(contents.rank if rank is None else min(contents.rank, rank), max_rank),
         *plain_faults(contents, "vLLM", _MERGE, takes_whole=heads if len(heads) == 1 else ()),
     ]
 
@@ -58,7 +62,7 @@ def vllm_notes(contents: Contents) -> list[Finding]:
                 "vLLM takes it where the model's class in vLLM names embedding_modules",
             )
         )
-    experts = [each.module for each in contents.factors if contents.is_parameter(each)]
+    experts = [each for each in contents.factors if contents.is_parameter(each)]
     if experts:
         notes.append(
             Finding(
@@ -67,6 +71,13 @@ def vllm_notes(contents: Contents) -> list[Finding]:
             )
         )
     return notes
+
+
+def _limit_faults(max_rank: int) -> list[Finding]:
+    if max_rank in VLLM_RANKS:
+        return []
+    allowed = ", ".join(map(str, VLLM_RANKS))
+    return [Finding(f"no server has --max-lora-rank {max_rank}", f"vLLM takes {allowed}")]
 
 
 def _rank_faults(rank: int, max_rank: int) -> list[Finding]:

@@ -16,7 +16,12 @@ _SHOWN = 3
 
 
 def plain_faults(
-    contents: Contents, program: str, merge: str, *, takes_whole: Collection[str] = ()
+    contents: Contents,
+    program: str,
+    merge: str,
+    *,
+    takes_whole: Collection[str] = (),
+    takes_parameters: bool = True,
 ) -> list[Finding]:
     """What is in an adapter beside the factors of linear layers and embeddings.
 
@@ -25,6 +30,7 @@ def plain_faults(
         program: the name of what is to take it.
         merge: the cure for what can't be taken at all.
         takes_whole: modules trained whole that it takes.
+        takes_parameters: whether it takes adapted parameters, such as those of fused experts.
     """
     config = contents.config
     faults = [Finding(line, "save or download the adapter again") for line in contents.halves]
@@ -48,16 +54,41 @@ def plain_faults(
     convolutions = [each.module for each in contents.factors if contents.is_convolution(each)]
     if convolutions:
         faults.append(Finding(f"{program} takes no convolutions: {some(convolutions)}", merge))
+    parameters = [each.module for each in contents.factors if contents.is_parameter(each)]
+    if parameters and not takes_parameters:
+        faults.append(Finding(f"{program} takes no adapted parameters: {some(parameters)}", merge))
     if config.get("layer_replication"):
         faults.append(Finding(f"{program} doesn't know layer_replication", merge))
     if contents.base_weights:
         faults.append(
             Finding(
                 f"it has values of the base beside the factors: {some(contents.base_weights)}",
-                f"with --base DIR they are compared and, if they are the base's own, left out; else {merge}",
+                "--base DIR compares them with the base's, and leaves out those that are its own; "
+                f"else {merge}",
             )
         )
     return faults
+
+
+def table_faults(contents: Contents, program: str, merge: str, *, tied: bool) -> list[Finding]:
+    """What goes wrong where the output shares the input embedding's weight.
+
+    PEFT adapts the one without the other; these programs have one weight for both.
+    """
+    shared = [
+        each.module
+        for each in contents.factors
+        if contents.is_embedding(each) or each.module.rpartition(".")[2] in ("lm_head", "wte")
+    ]
+    if not tied or not shared:
+        return []
+    return [
+        Finding(
+            f"{program} has one weight for input and output of this base, and only "
+            f"{some(shared)} is adapted",
+            merge,
+        )
+    ]
 
 
 def training_only(contents: Contents) -> list[str]:
