@@ -7,7 +7,14 @@ Each class also derives from the builtin that callers of such an API already cat
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+# Names from a file may hold what a terminal obeys, what turns a line around, or half a character.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_LONGEST_LINE, _MOST_FAULTS = 4_000, 100
 
 
 class LaminaError(Exception):
@@ -20,9 +27,11 @@ class LaminaError(Exception):
     """
 
     def __init__(self, what: str, *, faults: Sequence[str] = (), cure: str | None = None) -> None:
-        self.what = what
-        self.faults = tuple(faults)
-        self.cure = cure
+        self.what = printable(what)
+        self.faults = tuple(map(printable, faults[:_MOST_FAULTS]))
+        if len(faults) > _MOST_FAULTS:
+            self.faults += (f"and {len(faults) - _MOST_FAULTS:,} more",)
+        self.cure = None if cure is None else printable(cure)
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -33,6 +42,14 @@ class LaminaError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.faults, self.cure))
+
+
+def printable(text: str) -> str:
+    """Text as it may go to a terminal: control characters as escapes, and no line endless."""
+    text = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    if len(text) <= _LONGEST_LINE:
+        return text
+    return f"{text[: _LONGEST_LINE - 200]} [...] {text[-150:]}"
 
 
 def _rebuild(
@@ -125,7 +142,15 @@ class VerificationError(LaminaError, RuntimeError):
     """What was opened isn't, or doesn't answer, what was saved."""
 
 
-class ProbeWarning(UserWarning):
+class LaminaWarning(UserWarning):
+    """The base of all warnings."""
+
+
+class MismatchWarning(LaminaWarning):
+    """The base or the tokenizer is not just as on record, in a way that may be meant."""
+
+
+class ProbeWarning(LaminaWarning):
     """A stage was saved without what its model answers: nobody can replay that later."""
 
 

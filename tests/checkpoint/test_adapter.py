@@ -105,23 +105,23 @@ def test_a_file_that_was_cut_off(tmp_path: Path, size: int) -> None:
     weights = stored(tmp_path)
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(
-        CheckpointError, match=r"adapter_model\.safetensors can't be read"
+        CheckpointError, match=r"adapter_model\.safetensors is (not a safetensors file|cut off)"
     ) as caught:
         read_adapter(tmp_path)
-    assert "download the adapter again" in str(caught.value)
+    assert "download or save the file again" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"not weights at all, but text", b"\xff" * 64, b"\0" * 64])
 def test_a_file_of_something_else(tmp_path: Path, content: bytes) -> None:
     stored(tmp_path).write_bytes(content)
-    with pytest.raises(CheckpointError, match="can't be read as safetensors"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         read_adapter(tmp_path)
 
 
 def test_a_pickle_under_the_name_of_safetensors(tmp_path: Path) -> None:
     weights = stored(tmp_path)
     torch.save({"a": torch.ones(1)}, weights)
-    with pytest.raises(CheckpointError, match="can't be read as safetensors"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         read_adapter(tmp_path)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lamina.checkpoint.header import read_headers
 from lamina.checkpoint.written import check_whole, check_written
 from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lamina.errors import CheckpointError
@@ -67,15 +68,13 @@ def read_adapter(
 def _read_weights(
     files: AdapterFiles, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if files.pickle:
+        return _read_pickle(files.weights[0], device), {}
+    _, metadata = read_headers(files)
     tensors: dict[str, torch.Tensor] = {}
-    metadata: dict[str, str] = {}
     for path in files.weights:
-        if files.pickle:
-            tensors.update(_read_pickle(path, device))
-            continue
         try:
             with safe_open(path, framework="pt", device=str(device)) as opened:
-                metadata.update(opened.metadata() or {})
                 tensors.update({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

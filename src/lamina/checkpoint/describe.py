@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.checkpoint.chain import Chain, RankGroup, chain_of, unknown_chain
-from lamina.checkpoint.header import read_header
+from lamina.checkpoint.header import read_headers
 from lamina.checkpoint.methods import Beside, beside_factors, method_of
 from lamina.checkpoint.origin import split_key
 from lamina.checkpoint.record import Base, StageRecord, read_record
@@ -25,7 +25,7 @@ from lamina.checkpoint.shapes import (
 )
 from lamina.config import PeftConfig
 from lamina.errors import ConfigError
-from lamina.storage.source import AdapterFiles, PathOrId, find_adapter
+from lamina.storage.source import PathOrId, find_adapter
 
 Header = Mapping[str, Mapping[str, Any]]
 Range = tuple[int, int]
@@ -109,7 +109,7 @@ def describe_adapter(
     """
     files = find_adapter(path_or_id, **where)
     config = PeftConfig.from_json_file(files.config)
-    headers, metadata = _headers(files)
+    headers, metadata = read_headers(files)
     header = {key: entry for each in headers.values() for key, entry in each.items()}
     factors, faults = find_factors(header)
     record = read_record(metadata, source=files.root)
@@ -134,15 +134,6 @@ def describe_adapter(
         suspects=suspects,
         faults=tuple(faults),
     )
-
-
-def _headers(files: AdapterFiles) -> tuple[dict[Path, Header], dict[str, str]]:
-    headers: dict[Path, Header] = {}
-    metadata: dict[str, str] = {}
-    for file in files.weights:
-        headers[file], strings = read_header(file)
-        metadata.update(strings)
-    return headers, metadata
 
 
 def _dtypes(header: Header) -> dict[str, int]:

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 from lamina.config.checks import is_off
 from lamina.config.types import merged, set_strange_aside
-from lamina.errors import ConfigError, MissingFileError, UnsupportedFieldError, nearest
+from lamina.errors import CheckpointError, ConfigError, UnsupportedFieldError, nearest
 from lamina.storage.source import find_config
+from lamina.storage.untrusted import read_json
 
 CONFIG_NAME = "adapter_config.json"
 # The release whose file format is written; readers use it to choose a dialect.
@@ -159,10 +160,10 @@ class PeftConfig:
         """The values of an `adapter_config.json`, unchecked."""
         path = Path(path_json_file)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise MissingFileError(f"There is no {path}.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            values = read_json(path)
+        except CheckpointError:
+            raise
+        except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}; a config is an object.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from lamina.checkpoint.header import read_header
+from lamina.checkpoint.header import read_headers
 from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.config import LoraConfig, PeftConfig
@@ -25,10 +25,6 @@ def lineage(path: str | Path, **where: Any) -> StageRecord:
     """
     files = find_adapter(path, **where)
     config = PeftConfig.from_dict(PeftConfig.from_json_file(files.config), source=str(files.config))
-    shapes: dict[str, list[int]] = {}
-    metadata: dict[str, str] = {}
-    for weights in files.weights:
-        tensors, strings = read_header(weights)
-        shapes.update({key: entry["shape"] for key, entry in tensors.items()})
-        metadata.update(strings)
+    headers, metadata = read_headers(files)
+    shapes = {key: entry["shape"] for each in headers.values() for key, entry in each.items()}
     return record_of(cast(LoraConfig, config), shapes, metadata, source=files.root)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,12 +21,13 @@ from lamina.storage.misplaced import (
     no_weights,
     only_pickle,
 )
-from lamina.storage.shards import shard_names
+from lamina.storage.shards import weight_map
 
 PathOrId = str | os.PathLike[str]
 
 # transformers shards an adapter too, but names the index as it names a full model's.
 _INDEX_NAMES = (INDEX_NAME, "model.safetensors.index.json")
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class AdapterFiles:
         weights: one safetensors file, all shards by name, or one pickle.
         root: the directory, or the hub id with its subfolder, for messages.
         pickle: whether `weights` is a pickle, to be read with `weights_only=True`.
+        weight_map: of shards, name of a tensor -> name of the file that the index has it in.
     """
 
     config: Path
     weights: tuple[Path, ...]
     root: str
     pickle: bool
+    weight_map: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_adapter(
@@ -76,8 +79,8 @@ def find_adapter(
     access = HubAccess(revision, token, cache_dir, local_files_only, force_download)
     place = _place(path_or_id, subfolder, access)
     config = _config_in(place)
-    weights, pickle = _weights_in(place, allow_pickle)
-    return AdapterFiles(config=config, weights=weights, root=place.label, pickle=pickle)
+    weights, pickle, table = _weights_in(place, allow_pickle)
+    return AdapterFiles(config, weights, place.label, pickle, table)
 
 
 def find_config(
@@ -131,7 +134,7 @@ class _LocalDirectory:
     def names(self) -> Collection[str]:
         found: set[str] = set()
         for entry in _entries(self._path):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 found.add(entry.name)
             elif not entry.name.startswith("."):
                 found |= {f"{entry.name}/", *(f"{entry.name}/{x.name}" for x in _entries(entry))}
@@ -176,7 +179,7 @@ def _local(base: Path, subfolder: str | None) -> _LocalDirectory:
     if subfolder:
         recover(base / subfolder)
         if not (base / subfolder).is_dir():
-            folders = [entry.name for entry in _entries(base) if entry.is_dir()]
+            folders = [entry.name for entry in _entries(base) if _is_folder(entry)]
             close = nearest(subfolder, folders)
             raise MissingFileError(
                 f"'{base}' has no subfolder '{subfolder}'.",
@@ -229,21 +232,24 @@ def _config_in(place: _Place) -> Path:
     return config
 
 
-def _weights_in(place: _Place, allow_pickle: bool) -> tuple[tuple[Path, ...], bool]:
+def _weights_in(
+    place: _Place, allow_pickle: bool
+) -> tuple[tuple[Path, ...], bool, Mapping[str, str]]:
     single = place.get(SAFETENSORS_NAME)
     if single is not None:
-        return (single,), False
+        return (single,), False, {}
     for name in _INDEX_NAMES:
         index = place.get(name)
-        shards = shard_names(index, f"{place.label}/{name}") if index is not None else []
+        table = weight_map(index, f"{place.label}/{name}") if index is not None else {}
+        shards = sorted(set(table.values()))
         # The index of a full model that lies beside the adapter is none of ours.
         ours = name == INDEX_NAME or all(shard.startswith("adapter_model") for shard in shards)
         if shards and ours:
-            return _shards_in(place, shards, name), False
+            return _shards_in(place, shards, name), False, table
     if allow_pickle:
         pickle = place.get(PICKLE_NAME)
         if pickle is not None:
-            return (pickle,), True
+            return (pickle,), True, {}
     elif place.has(PICKLE_NAME):
         raise only_pickle(place.label)
     raise place.without_weights()
@@ -256,7 +262,7 @@ def _shards_in(place: _Place, names: list[str], index: str) -> tuple[Path, ...]:
         raise MissingFileError(
             f"'{place.label}' has {len(names) - len(missing)} of the {len(names)} shards that "
             f"{index} names.",
-            faults=[f"'{name}' is missing" for name in missing],
+            faults=[f"{name[:200]!r} is missing" for name in missing[:_SHOWN]],
             cure="copy or download the missing files",
         )
     return tuple(file for file in found.values() if file is not None)
@@ -268,3 +274,11 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError:
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link to itself.
+        return False
