@@ -89,6 +89,8 @@ def atomic_directory(
             with turn(target):
                 sweep(target)
                 staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
+                # Two that got here without taking turns see each other.
+                sweep(target, own=staging)
         with disk_faults_reported(target):
             yield staging
         with reported(target), turn(target):

@@ -104,8 +104,8 @@ def turn(target: Path) -> Iterator[None]:
             return
 
 
-def sweep(target: Path) -> None:
-    """Remove what dead saves of `target` left behind, beside it and inside it.
+def sweep(target: Path, own: Path | None = None) -> None:
+    """Remove what dead saves of `target`, all but `own`, left behind, beside it and inside it.
 
     Raises:
         DirectoryInUseError: one of the saves is alive.
@@ -115,7 +115,7 @@ def sweep(target: Path) -> None:
         for aside in hidden_siblings(target, "old"):
             _removed(aside)
     leftovers = hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
-    living = [staging for staging in leftovers if not _removed(staging)]
+    living = [staging for staging in leftovers if staging != own and not _removed(staging)]
     if living:
         raise _in_use(target, living[0])
 
