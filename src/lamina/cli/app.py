@@ -13,7 +13,9 @@ from lamina.cli.as_peft import PASS_ON, as_peft
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.diff import diff
+from lamina.cli.doctor import doctor
 from lamina.cli.env import env
+from lamina.cli.export import export
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
@@ -67,7 +69,7 @@ def _root(
         hush_imports()
 
 
-for _verb in (demo, inspect, lineage, targets, merge, diff, convert, env):
+for _verb in (demo, inspect, doctor, lineage, targets, merge, diff, export, convert, env):
     app.command()(_verb)
 app.command("as-peft", context_settings=PASS_ON)(as_peft)
 

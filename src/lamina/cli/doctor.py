@@ -1,0 +1,112 @@
+"""`lamina doctor`: what is wrong with an adapter directory, and what mends it."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.terminal import console, count_of, print_json, some
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lamina.checkpoint.doctor import Examination, Finding
+
+# Bad usage, such as a directory that isn't there, ends with 2, as in every verb.
+WARNINGS, ERRORS = 1, 3
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+
+class Target(str, enum.Enum):
+    """Programs whose limits are known."""
+
+    VLLM = "vllm"
+
+
+def doctor(
+    directory: Directory,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="The base's directory or hub id, to check against."),
+    ] = None,
+    target: Annotated[
+        Target | None,
+        typer.Option("--for", help="Count what this program refuses as errors, not as notes."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read headers only, not the values of tensors.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the base's own Python code.")
+    ] = False,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Look for everything that can be wrong with an adapter, with a cure for each finding.
+
+    Without --base, all that its own files tell; with it, also whether names, shapes, vocabulary
+    and weights belong to that base. No weights of the base are loaded.
+
+    Exit code: 0 if there are only notes or nothing, 1 if there are warnings, 3 if there are
+    errors (2 is for bad usage, as in every verb).
+    """
+    from lamina.checkpoint.doctor import examine
+
+    found = examine(
+        directory,
+        base=base,
+        target=target.value if target else None,
+        read_values=not quick,
+        trust_remote_code=trust_remote_code,
+        subfolder=subfolder,
+        revision=revision,
+    )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print(console(), found)
+    if not found.healthy:
+        raise typer.Exit(ERRORS if found.worst == "error" else WARNINGS)
+
+
+def _print(out: Console, found: Examination) -> None:
+    against = f"  against {found.base}" if found.base else ""
+    out.print(Text.assemble((found.path, "bold"), against))
+    for finding in found.findings:
+        out.print()
+        _print_finding(out, finding)
+    out.print()
+    for line in found.unchecked:
+        out.print(Text(f"Not checked, since {line}.", style="dim"))
+    out.print(_summary(found))
+
+
+def _print_finding(out: Console, finding: Finding) -> None:
+    head = (f"{finding.severity}: ", _STYLES[finding.severity])
+    out.print(Text.assemble(head, finding.what, (f"  [{finding.code}]", "dim")))
+    if finding.where:
+        out.print(_indented(_where(finding.where)))
+    if finding.cure:
+        out.print(_indented(Text.assemble(("cure: ", "green"), finding.cure)))
+
+
+def _where(names: tuple[str, ...]) -> Text:
+    count = f"{len(names):,}: " if len(names) > 1 else ""
+    return Text(f"in {count}{some(names, 3)}", style="dim")
+
+
+def _indented(text: Text) -> Padding:
+    return Padding(text, (0, 0, 0, 2))
+
+
+def _summary(found: Examination) -> Text:
+    told = ", ".join(count_of(number, name) for name, number in found.counts.items())
+    if found.worst is None:
+        return Text("Nothing found: it is healthy as far as can be told.", style="green")
+    return Text(told, style="green" if found.healthy else "bold")
