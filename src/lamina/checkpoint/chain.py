@@ -105,6 +105,17 @@ def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) ->
     return Chain((stage,), (_group(whole, []),))
 
 
+def makers_of(record: StageRecord) -> list[tuple[str, ...]]:
+    """For each lamina the stages that made its ranks what they are, oldest first."""
+    trained = _trained_groups(record)
+    found = []
+    for index, lamina in enumerate(record.laminae):
+        own = {s.name for s, i in zip(record.stages, trained, strict=True) if i == index}
+        own |= {*lamina.made_of, lamina.stage}
+        found.append(tuple(stage.name for stage in record.stages if stage.name in own))
+    return found
+
+
 def _trained_groups(record: StageRecord) -> list[int | None]:
     """For each stage the index of the group that it trained."""
     trained: list[int | None] = []

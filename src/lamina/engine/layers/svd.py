@@ -20,7 +20,7 @@ from lamina.engine.state import AdapterState
 # The dimension of a parameter along which its ranks lie.
 RANKS_ALONG = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 # What keeps a layer without ranks from dividing by zero.
-_TINY = 1e-5
+TINY = 1e-5
 
 
 class SvdLayer(LoraLayer):
@@ -102,7 +102,7 @@ class SvdLayer(LoraLayer):
         """What divides the scaling; a tensor, so that no device has to be waited for."""
         a, ranknum = self.lora_A[adapter], self.ranknum[adapter]
         begun: torch.Tensor = ranknum.to(a.device, accumulation_dtype(a.dtype))
-        return begun + _TINY
+        return begun + TINY
 
     def flat_delta(self, adapter: str) -> torch.Tensor:
         """`scaling / ranknum * B @ (A * E)`, out x n, summed in at least fp32."""
