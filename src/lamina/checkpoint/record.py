@@ -45,8 +45,8 @@ class Sketch(_Part):
         version: of the rule that chooses what is sampled.
         tensors: `NAME SHAPE` of each tensor in the order of the samples; runs of numbers are
             folded, as in `layers.{0-31}.mlp.up_proj.weight 14336x4096`.
-            After the shape, "quantised" says that the values were read through a quantiser, and
-            "unread" that none were.
+            After the shape, "quantised" says that the values were read through a quantiser,
+            "passed" that it is quantised and wasn't looked at, "unread" that it couldn't be.
         samples: number of values per tensor: half of them are the first in a window, the other
             half the smallest.
         values: the values rounded to bfloat16, tensor by tensor: their bits, little-endian, in
@@ -129,6 +129,8 @@ class Base(_Part):
         vocab_size: rows of its input embedding.
         tokenizer: SHA-256 of the vocabulary of the tokenizer it was trained with; None if that was
             not given.
+        tokenizer_size: one more than the largest id in that vocabulary: tokens that are added
+            later have larger ones, and don't count.
         chat_template: SHA-256 of that tokenizer's chat template; None if it has none.
         parameters: number of its parameters.
         shapes: SHA-256 of the sorted names and shapes of its parameters.
@@ -143,6 +145,7 @@ class Base(_Part):
     quantization: str | None = None
     vocab_size: int | None = None
     tokenizer: str | None = None
+    tokenizer_size: int | None = None
     chat_template: str | None = None
     parameters: int | None = None
     shapes: str | None = None
@@ -150,7 +153,8 @@ class Base(_Part):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _leave_out_empty(write(self), "tokenizer", "chat_template", "sketch")
+        optional = ("tokenizer", "tokenizer_size", "chat_template", "sketch")
+        return _leave_out_empty(write(self), *optional)
 
 
 class Lamina(_Part):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from lamina.checkpoint.record import Base
+from lamina.checkpoint.sketch import Likeness
+from lamina.checkpoint.sketch.memory import sketch_model
 from lamina.engine.layers import is_linear
 from lamina.engine.layers.linear import linear_shape
 from lamina.engine.names import places
 from lamina.engine.trainability import adapter_parameters, count_parameters
 from lamina.engine.weights import BaseWeight, weight_of
-from lamina.errors import StageError
 
 # How the hub's cache spells `owner/name`.
 _CACHED = re.compile(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
@@ -47,6 +47,7 @@ def describe_base(model: nn.Module) -> Base:
         vocab_size=getattr(embedding, "num_embeddings", None),
         parameters=count_parameters(model)[1] - own,
         shapes=shapes_digest(model),
+        sketch=sketch_model(model),
     )
 
 
@@ -86,36 +87,48 @@ def shapes_digest(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's vocabulary: its tokens and their ids.
+def base_faults(recorded: Base, actual: Base, likeness: Likeness | None = None) -> list[str]:
+    """How the base at hand differs from the one on record, where an adapter doesn't belong on it.
 
-    Raises:
-        StageError: it has no vocabulary.
+    Where weights could be compared, they decide: the same weights in another folder are the same
+    base. Else its name, its vocabulary, and the names and shapes of its weights do.
     """
-    get = getattr(tokenizer, "get_vocab", None)
-    if not callable(get):
-        raise StageError(
-            f"A {type(tokenizer).__name__} was given where a tokenizer is wanted.",
-            cure="give the tokenizer itself: AutoTokenizer.from_pretrained(...)",
-        )
-    return hashlib.sha256(json.dumps(sorted(get().items())).encode()).hexdigest()
+    names = _name_faults(recorded, actual)
+    vocabulary = _vocabulary_faults(recorded, actual)
+    if likeness is not None and likeness.verdict != "unknown":
+        if likeness.ok:
+            return []
+        return [likeness.sentence, *(vocabulary if likeness.verdict == "other" else ())]
+    if not vocabulary and _differ(recorded.shapes, actual.shapes):
+        return [*names, _shapes_fault(recorded, actual)]
+    return [*names, *vocabulary]
 
 
-def base_faults(recorded: Base, actual: Base) -> list[str]:
-    """How the base at hand differs from the one on record, by name, class and shapes."""
-    faults = []
-    if _differ(_last(recorded.name_or_path), _last(actual.name_or_path)):
-        faults.append(f"trained on {recorded.name_or_path!r}, this base is {actual.name_or_path!r}")
-    if _differ(recorded.vocab_size, actual.vocab_size):
-        faults.append(
-            f"trained with a vocabulary of {recorded.vocab_size}, this base has {actual.vocab_size}"
-        )
-    elif _differ(recorded.shapes, actual.shapes):
-        faults.append(
-            f"trained on a {recorded.model_class} of {recorded.parameters:,d} parameters, this "
-            f"base is a {actual.model_class} of {actual.parameters:,d}: names or shapes differ"
-        )
-    return faults
+def _shapes_fault(recorded: Base, actual: Base) -> str:
+    return (
+        f"trained on a {recorded.model_class} of {recorded.parameters:,d} parameters, this base is "
+        f"a {actual.model_class} of {actual.parameters:,d}: names or shapes differ"
+    )
+
+
+def base_remarks(likeness: Likeness | None) -> list[str]:
+    """How it differs where an adapter does belong on it."""
+    apart = likeness is not None and likeness.ok and likeness.verdict not in ("same", "unknown")
+    return [likeness.sentence] if apart and likeness is not None else []
+
+
+def _name_faults(recorded: Base, actual: Base) -> list[str]:
+    if not _differ(_last(recorded.name_or_path), _last(actual.name_or_path)):
+        return []
+    return [f"trained on {recorded.name_or_path!r}, this base is {actual.name_or_path!r}"]
+
+
+def _vocabulary_faults(recorded: Base, actual: Base) -> list[str]:
+    if not _differ(recorded.vocab_size, actual.vocab_size):
+        return []
+    return [
+        f"trained with a vocabulary of {recorded.vocab_size}, this base has {actual.vocab_size}"
+    ]
 
 
 def _differ(one: object, other: object) -> bool:

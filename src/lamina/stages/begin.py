@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from lamina.checkpoint.adapter import read_adapter
-from lamina.checkpoint.record import Lamina, Mode
+from lamina.checkpoint.record import Base, Lamina, Mode
 from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
@@ -22,13 +22,20 @@ from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import HUB_OPTIONS, undone_on_error
 from lamina.model.vocabulary import grown
-from lamina.stages.bases import base_faults, describe_base
+from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.checkpoints import StageCheckpoints
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import WITHOUT_STAGES, Chain, take_apart
+from lamina.stages.likeness import base_likeness, tell, updates_in
 from lamina.stages.original import check_saveable, split_off_taken, take_again
 from lamina.stages.restore import base_weight_faults, restore_part
 from lamina.stages.rows import rows_asked, tables_with_ranks, take_over
+from lamina.stages.tokenizers import (
+    describe_tokenizer,
+    tokenizer_faults,
+    tokenizer_remarks,
+    with_tokenizer,
+)
 
 MODES = tuple(mode for mode in get_args(Mode) if mode != "fresh")
 # What a config says of its surroundings rather than of the ranks.
@@ -53,6 +60,7 @@ def begin_stage(
     config: PeftConfig | None = None,
     allow_base_mismatch: bool = False,
     keep_unfolded: bool = True,
+    tokenizer: Any = None,
     **where: Any,
 ) -> PeftModel:
     """Adapt a base model for a new stage of training.
@@ -69,15 +77,21 @@ def begin_stage(
         parent: the directory (or hub id) of the stage, or plain adapter, to build on.
         mode: "continue", "stack" or "merge"; required with a parent.
         config: of the new adapter; for "continue" None, or the same as the parent's.
-        allow_base_mismatch: go on although the base's name or shapes are not those on record.
+        allow_base_mismatch: go on although the base's weights, or the tokenizer, are not those on
+            record. The same base in another folder, or in another dtype, is no mismatch.
         keep_unfolded: with "merge", keep the unfolded weights, so that `disable_adapter()` gives
             the base bit-exactly; False saves their memory.
+        tokenizer: the one that the stage is trained with: compared with the parent's, and recorded.
         where: `subfolder`, `revision`, `token` ... of a parent on the hub.
 
     Raises:
         StageError: with everything that is wrong; nothing has been changed.
         AlreadyAdaptedError: the base has adapters.
         FoldError: "merge" on a base that can't be written; nothing has been changed.
+
+    Warns:
+        MismatchWarning: the base is the recorded one but for its head or what a quantiser rounds
+            away, or the chat template is another one.
     """
     _check_words(base, name, parent, mode, config, where)
     refuse_adapted(base)
@@ -91,6 +105,7 @@ def begin_stage(
             config=config,
             allow_base_mismatch=allow_base_mismatch,
             keep_unfolded=keep_unfolded,
+            tokenizer=tokenizer,
         )
 
 
@@ -103,13 +118,17 @@ def _begun(
     config: PeftConfig | None,
     allow_base_mismatch: bool,
     keep_unfolded: bool,
+    tokenizer: Any,
 ) -> PeftModel:
     """`begin_stage` on a chain that was read, over a base that has all its rows."""
     described = describe_base(base)
+    if tokenizer is not None:
+        described = described.model_copy(update=describe_tokenizer(tokenizer))
+    remarks: list[str] = []
     if chain is not None:
         faults = _chain_faults(chain, name, mode, config)
         if not allow_base_mismatch:
-            told = base_faults(chain.record.newest.base, described)
+            told, remarks = _mismatches(chain, base, described, tokenizer)
             faults += [f"base: {each}" for each in told or base_weight_faults(base, chain)]
         if faults:
             raise StageError(
@@ -132,6 +151,7 @@ def _begun(
         except BaseException:
             unfold(base)
             raise
+    tell(f"Stage {name!r} on {chain.source if chain else base}", remarks, stacklevel=3)
     trained = chain.parts[-1].lamina.config if chain and mode == "continue" else None
     model.stage = StageContext(
         name=name,
@@ -144,6 +164,19 @@ def _begun(
         checkpoints=StageCheckpoints(),
     )
     return model
+
+
+def _mismatches(
+    chain: Chain, base: nn.Module, described: Base, tokenizer: Any
+) -> tuple[list[str], list[str]]:
+    """What is not as on record: where that is wrong, and where it may be meant."""
+    likeness = base_likeness(chain.record, base, lambda: updates_in(chain))
+    before = with_tokenizer(chain.record)
+    faults = base_faults(chain.record.newest.base, described, likeness)
+    return (
+        [*faults, *tokenizer_faults(before, tokenizer)],
+        [*base_remarks(likeness), *tokenizer_remarks(before, tokenizer)],
+    )
 
 
 def _check_words(
@@ -312,8 +345,8 @@ def _cure(faults: list[str]) -> str:
     ways = {
         "name": "choose a name that is not in the chain",
         "config": 'leave config out, or use mode="stack" for an adapter with another config',
-        "base": "load the base that the parent was trained on, or pass allow_base_mismatch=True if "
-        "it is the same but for its name or head",
+        "base": "load the base that the parent was trained on, or pass allow_base_mismatch=True to "
+        "go on with this one",
         "update": "`lamina merge PARENT -o MERGED` folds the parent into its base; begin a fresh "
         "stage on that (aLoRA can't be folded: continue it)",
     }

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from lamina.checkpoint.adapter import read_adapter
+from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.model.vocabulary import grown
-from lamina.stages.bases import base_faults, describe_base, tokenizer_digest
+from lamina.stages.bases import base_faults, base_remarks, describe_base
+from lamina.stages.likeness import base_likeness, tell, updates_in_file
+from lamina.stages.tokenizers import tokenizer_faults, tokenizer_remarks, with_tokenizer
 
 
 def load(
@@ -29,7 +31,8 @@ def load(
     Args:
         path: the stage's directory, or any plain PEFT adapter, or a hub id.
         base: the base model, or its path or hub id; None takes the one on record.
-        allow_base_mismatch: go on although the base's name or shapes are not those on record.
+        allow_base_mismatch: go on although the base's weights, or the tokenizer, are not those on
+            record. The same base in another folder, or in another dtype, is no mismatch.
         tokenizer: the one that it is to be used with, compared with the one on record.
         options: hub options of the adapter; all else goes to the base's `from_pretrained`
             (`dtype`, `device_map` ...) when it is loaded here.
@@ -41,6 +44,10 @@ def load(
         StageError: the base is not the one that the stage was trained on, or options are given
             for a base that is loaded already.
         CheckpointError: files are missing or broken.
+
+    Warns:
+        MismatchWarning: the base is the recorded one but for its head or what a quantiser rounds
+            away, or the chat template is another one.
     """
     hub = {name: options.pop(name) for name in loading.HUB_OPTIONS if name in options}
     file = read_adapter(path, **hub)
@@ -57,7 +64,7 @@ def load(
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     with grown(whole_base, file):
         if not allow_base_mismatch:
-            _check_base(record, whole_base, str(path), tokenizer)
+            _check_base(record, whole_base, file, tokenizer)
         kind = PeftModel.for_task(file.config.task_type)
         return loading.over(kind, whole_base, file, loading.How(), name).eval()
 
@@ -72,14 +79,18 @@ def _refuse_options(options: dict[str, Any]) -> None:
         )
 
 
-def _check_base(record: StageRecord, base: nn.Module, source: str, tokenizer: Any) -> None:
-    faults = base_faults(record.newest.base, describe_base(base))
-    trained_with = record.newest.base.tokenizer
-    if None not in (tokenizer, trained_with) and tokenizer_digest(tokenizer) != trained_with:
-        faults.append("trained with a tokenizer of another vocabulary than this one's")
+def _check_base(record: StageRecord, base: nn.Module, file: AdapterFile, tokenizer: Any) -> None:
+    likeness = base_likeness(record, base, lambda: updates_in_file(file))
+    before = with_tokenizer(record)
+    faults = [
+        *base_faults(record.newest.base, describe_base(base), likeness),
+        *tokenizer_faults(before, tokenizer),
+    ]
     if faults:
         raise StageError(
-            f"{source} was trained on another base.",
+            f"{file.source} was trained on another base.",
             faults=faults,
-            cure="load it on its own base, or pass allow_base_mismatch=True if it is the same",
+            cure="load it on its own base, or pass allow_base_mismatch=True to go on with this one",
         )
+    remarks = [*base_remarks(likeness), *tokenizer_remarks(before, tokenizer)]
+    tell(file.source, remarks, stacklevel=3)

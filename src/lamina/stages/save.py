@@ -31,12 +31,12 @@ from lamina.engine.names import adapted_layers
 from lamina.errors import ProbeWarning, StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
-from lamina.stages.bases import tokenizer_digest
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.stages.original import on_original_base
 from lamina.stages.probing import probe_of
 from lamina.stages.rows import gather
+from lamina.stages.tokenizers import describe_tokenizer
 from lamina.storage.atomic import atomic_directory
 
 
@@ -238,8 +238,20 @@ def _others(
 def _with_tokenizer(context: StageContext, tokenizer: Any) -> StageContext:
     if tokenizer is None:
         return context
-    known = {"tokenizer": tokenizer_digest(tokenizer)}
-    return replace(context, base=context.base.model_copy(update=known))
+    known = context.base.model_copy(update=describe_tokenizer(tokenizer))
+    return replace(context, base=known)
+
+
+def _without_repetition(stage: Stage, newest: Stage) -> Stage:
+    """An older stage without the sketch of its base, where that is the newest's."""
+    sketch, kept = stage.base.sketch, newest.base.sketch
+    if sketch is None or kept is None:
+        return stage
+    # What the base was loaded in stays in its description.
+    if sketch.model_copy(update={"dtype": kept.dtype}) != kept:
+        return stage
+    base = stage.base.model_copy(update={"sketch": None})
+    return stage.model_copy(update={"base": base})
 
 
 def _untrained_biases(model: PeftModel) -> dict[str, Any]:
@@ -273,7 +285,7 @@ def _record(
     )
     earlier = context.parent.stages if context.parent else ()
     return StageRecord(
-        stages=(*earlier, stage),
+        stages=(*(_without_repetition(each, stage) for each in earlier), stage),
         laminae=tuple(part.lamina for part in parts),
         saved_modules=saved,
         biases=biases,

@@ -4,6 +4,6 @@
 """
 
 from lamina.checkpoint.sketch.files import FileWeights, sketch_files
-from lamina.checkpoint.sketch.likeness import Likeness, compare
+from lamina.checkpoint.sketch.likeness import Likeness, Over, compare
 
-__all__ = ["FileWeights", "Likeness", "compare", "sketch_files"]
+__all__ = ["FileWeights", "Likeness", "Over", "compare", "sketch_files"]

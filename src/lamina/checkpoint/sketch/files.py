@@ -51,6 +51,8 @@ class FileWeights:
         CheckpointError: they can't be read.
     """
 
+    # What is put together otherwise in the model has another name, or none.
+    whole = False
     aliases: Mapping[str, str] = {}
 
     def __init__(

@@ -1,20 +1,23 @@
-"""What differs between the base on record and the one at hand, in one sentence."""
+"""What differs between the base on record and the one at hand: a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lamina.checkpoint.sketch.matching import Findings, correlation, match
+from lamina.checkpoint.sketch import words
+from lamina.checkpoint.sketch.folded import folded
+from lamina.checkpoint.sketch.matching import Findings, correlation, match, module_of
 from lamina.checkpoint.sketch.sampling import VERSION, Weights, samples
 
 if TYPE_CHECKING:
     from lamina.checkpoint.record import Sketch
+    from lamina.checkpoint.sketch.folded import Updates
 
 Verdict = Literal["same", "quantised", "head", "resized", "structure", "merged", "other", "unknown"]
-# Weights of models that began as the same one are that much alike, others are not at all.
-_RELATED = 0.9
+# The same codes may be dequantised a little differently on another device.
+_SAME_CODES = 0.9999
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Likeness:
     Attributes:
         verdict: "same"; "quantised": the same but for what a quantiser rounds away; "head": the
             same but for its head; "resized": the same with more or fewer rows; "structure": the
-            same weights with others, or without some; "merged": differs in the adapter's targets
-            alone; "other": another model; "unknown": nothing could be compared.
-        sentence: what differs, to go on after "base: ".
+            same weights with others, or without some; "merged": the adapter is folded in; "other":
+            another model, or one that was trained on; "unknown": nothing could be compared.
+        sentence: what differs, without a full stop, to go on after "base: ".
         correlation: of the values that differ, or are quantised; None if there are none.
         differing: names of the tensors with other values.
         ok: whether an adapter of the recorded base belongs on this one.
@@ -39,145 +42,101 @@ class Likeness:
     ok: bool = True
 
 
+@dataclass(frozen=True)
+class Over:
+    """An adapter that is to lie over the base.
+
+    Attributes:
+        targets: plain names of the modules that it updates.
+        replaced: plain names of modules, or tensors, whose values it brings itself: what the base
+            has there doesn't matter.
+        rows: tensor -> rows of it that it brings itself.
+        updates: gives what it, or the first of its stages, add to a weight; asked only if the base
+            differs in nothing but targets.
+    """
+
+    targets: Collection[str] = ()
+    replaced: Collection[str] = ()
+    rows: Mapping[str, Collection[int]] = field(default_factory=dict)
+    updates: Updates | None = None
+
+
 def compare(
     recorded: Sketch,
     weights: Weights,
+    over: Over | None = None,
     *,
     name: str | None = None,
-    targets: Collection[str] = (),
-    replaced: Collection[str] = (),
-    rows: Mapping[str, Collection[int]] | None = None,
+    here: str | None = None,
 ) -> Likeness:
     """Read the weights at hand where those on record were read, and tell what differs.
 
     Args:
         recorded: the sketch on record.
         weights: `ModelWeights(model)` or `FileWeights(directory)`.
+        over: the adapter; without one, nothing is told of updates that are folded in.
         name: what the recorded base was loaded from.
-        targets: plain names of the modules that the adapter updates, to know it when it is folded
-            in already.
-        replaced: plain names of modules, or tensors, whose values the adapter brings itself:
-            what the base has there doesn't matter.
-        rows: tensor -> rows of it that the adapter brings itself.
+        here: what the base at hand was loaded from.
     """
     base = f"{name!r}, the recorded base" if name else "the recorded base"
+    this = repr(here) if here and here != name else "this"
+    over = over or Over()
     if recorded.version != VERSION:
-        sentence = f"a newer Lamina made the sketch of {base}: its weights can't be compared"
-        return Likeness("unknown", sentence)
-    here = weights.quantization
+        said = f"can't be compared with {base}: a newer Lamina made its sketch"
+        return Likeness("unknown", f"{this} {said}")
     found = match(
         samples(recorded),
         weights,
         halved=recorded.dtype == "float16",
-        replaced=replaced,
-        rows=rows,
+        replaced=over.replaced,
+        rows=over.rows,
     )
-    if here == recorded.quantization and (correlation(found.quantised) or 0.0) > 0.9999:
-        # The same codes, dequantised on another device.
+    storage = recorded.quantization or "dense", weights.quantization or "dense"
+    if storage[0] == storage[1] and (correlation(found.quantised) or 0.0) > _SAME_CODES:
         found.same += found.near
         found.near = []
-    return _verdict(found, base, targets, (recorded.quantization or "dense", here or "dense"))
+    verdict, said = _verdict(found, base, over, storage)
+    return Likeness(
+        verdict,
+        f"{this} {said}",
+        correlation({**found.dense, **found.quantised}),
+        tuple(found.differing),
+        verdict in ("same", "quantised", "head", "unknown"),
+    )
 
 
 def _verdict(
-    found: Findings, base: str, targets: Collection[str], storage: tuple[str, str]
-) -> Likeness:
-    differing = tuple(found.differing)
-    alike = correlation({**found.dense, **found.quantised})
-    if differing and not found.reshaped and {*map(_module, differing)} <= {*targets}:
-        return Likeness("merged", _merged(found, base, targets), alike, differing, False)
-    if differing or found.reshaped:
-        return Likeness("other", _other(found, base, alike), alike, differing, False)
-    if not found.compared:
-        return _unlooked(found, base)
+    found: Findings, base: str, over: Over, storage: tuple[str, str]
+) -> tuple[Verdict, str]:
+    targeted = {*map(module_of, found.differing)} <= {*over.targets}
+    if found.differing and targeted and not found.reshaped:
+        return _updated(found, base, over)
+    if found.differing or found.reshaped:
+        return "other", words.other(found, base)
+    if not found.compared and not found.hidden:
+        return "other", f"has no weight that {base} has by name and shape"
+    verdict: Verdict = "same" if found.compared else "unknown"
     notes = []
-    verdict: Verdict = "same"
     if found.near:
         verdict = "quantised"
+        alike = correlation(found.quantised)
         notes.append(f"{storage[1]} instead of {storage[0]} (correlation {alike:.3f})")
-    if found.missing or found.extra:
-        verdict = "head" if _is_head(found) else "structure"
-        notes.append(_parts(found))
     if found.rows:
-        verdict = "structure" if verdict == "structure" else "resized"
-        notes.append(_rows(found))
-    ok = verdict in ("same", "quantised", "head")
-    if not notes:
-        return Likeness("same", f"this has the weights of {base}")
-    return Likeness(verdict, f"this is {base}, but {' and '.join(notes)}", alike, (), ok)
-
-
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
-def _merged(found: Findings, base: str, targets: Collection[str]) -> str:
-    looked = {*found.same, *found.near, *found.differing}
-    aimed = [name for name in looked if name.endswith(".weight") and _module(name) in targets]
-    changed = [name for name in aimed if name in found.differing]
-    share = (
-        f"all {len(aimed)}" if len(changed) == len(aimed) else f"{len(changed)} of the {len(aimed)}"
-    )
-    return (
-        f"this is {base} with the adapter folded in already, or trained there otherwise: it "
-        f"differs in {share} weights that the adapter targets, and in nothing else"
-    )
-
-
-def _other(found: Findings, base: str, alike: float | None) -> str:
-    if not found.differing:
-        return (
-            f"this is another model than {base}: {len(found.reshaped)} of its weights have another "
-            f"shape ({_some(found.reshaped)})"
-        )
-    share = f"{len(found.differing)} of {found.compared} sampled weights have other values"
-    if len(found.differing) <= 3:
-        share += f" ({_some(found.differing)})"
-    if alike is not None and alike >= _RELATED:
-        return f"this is a relative of {base}, but not it: {share} (correlation {alike:.4f})"
-    return f"this is another model than {base}: {share}"
-
-
-def _unlooked(found: Findings, base: str) -> Likeness:
-    if not found.unread:
-        sentence = f"this is another model than {base}: it has no weight of the same name and shape"
-        return Likeness("other", sentence, ok=False)
+        verdict = "resized"
+        notes.append(words.rows(found))
     if found.missing or found.extra:
-        sentence = f"this can't be {base}: {_parts(found)}"
-        return Likeness("structure", sentence, ok=_is_head(found))
-    if found.rows:
-        return Likeness("resized", f"this may be {base}, but {_rows(found)}", ok=False)
-    sentence = f"this has the names and shapes of {base}; its values can't be looked at"
-    return Likeness("unknown", sentence)
+        is_head = verdict != "resized" and words.no_layers((*found.missing, *found.extra))
+        verdict = "head" if is_head else "structure"
+        notes.append(words.parts(found))
+    return verdict, words.alike(found, base, notes)
 
 
-def _is_head(found: Findings) -> bool:
-    """Whether only such weights are missing, or more, that aren't part of any layer."""
-    numbered = [n for n in (*found.missing, *found.extra) if any(p.isdigit() for p in n.split("."))]
-    return not numbered
-
-
-def _parts(found: Findings) -> str:
-    parts = []
-    if found.missing:
-        parts.append(f"without {_some(found.missing)}")
-    if found.extra:
-        parts.append(f"with {_some(found.extra)} besides")
-    return " and ".join(parts)
-
-
-def _rows(found: Findings) -> str:
-    there, here = next(iter(found.rows.values()))
-    names = _some([*found.rows])
-    if here > there:
-        return f"with {here - there} more rows in {names} ({here} instead of {there})"
-    return (
-        f"with {there - here} rows fewer in {names} ({here} instead of {there}), so that what was "
-        "trained on those is lost"
-    )
-
-
-def _some(names: Collection[str]) -> str:
-    shown = list(names)[:3]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+def _updated(found: Findings, base: str, over: Over) -> tuple[Verdict, str]:
+    """For a base that differs in targets of the adapter, and in nothing else."""
+    where = words.share_of_targets(found, over.targets)
+    label = folded(found.dense, over.updates)
+    if label:
+        return "merged", f"is {base} with {label} folded in already: {where}"
+    if label is None:
+        return "merged", f"is {base} with the adapter, or one like it, folded in already: {where}"
+    return "other", f"is {base} with something else folded in, or trained on: {where}"

@@ -17,11 +17,28 @@ if TYPE_CHECKING:
     from lamina.checkpoint.sketch.sampling import Floats, Positions
 
 # Relative distance of neighbouring bfloat16 numbers, at most.
-_STEP = 2.0**-7
+STEP = 2.0**-7
 # float16 has nothing between multiples of this, and nothing beyond the other.
 _SMALLEST_HALF, _LARGEST_HALF = 2.0**-24, 65504.0
 # Where all is alike but for what a quantiser rounds away.
 _ALIKE = 0.8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Values of one tensor, there and here.
+
+    Attributes:
+        recorded: rounded to bfloat16.
+        actual: rounded likewise.
+        positions: where they are, counted through the recorded shape.
+        shape: the recorded one.
+    """
+
+    recorded: Floats
+    actual: Floats
+    positions: Positions
+    shape: tuple[int, ...]
 
 
 @dataclass
@@ -32,25 +49,27 @@ class Findings:
         same: with the recorded values.
         near: quantised here or there, and alike but for that.
         differing: with other values.
-        unread: with values that couldn't be looked at, here or there.
+        unread: quantised and not among those that are looked at, or all the adapter's own.
+        hidden: with values that can't be looked at, here or there.
         missing: not here, nor under another name.
         extra: here, and not on record.
         rows: with another number of rows and the same values in those it shares: there, here.
         reshaped: with another shape altogether.
-        quantised: (recorded, actual) values of tensors that are quantised here or there.
-        dense: (recorded, actual) values of those of the others that differ.
+        quantised: values of tensors that are quantised here or there.
+        dense: values of those of the others that differ.
     """
 
     same: list[str] = field(default_factory=list)
     near: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     reshaped: list[str] = field(default_factory=list)
-    quantised: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
-    dense: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
+    quantised: dict[str, Pair] = field(default_factory=dict)
+    dense: dict[str, Pair] = field(default_factory=dict)
 
     @property
     def compared(self) -> int:
@@ -86,16 +105,28 @@ def match(
         if actual is None:
             found.missing.append(sample.name)
             continue
-        kept = _comparable(sample, tensors[actual], found, (rows or {}).get(sample.name, ()))
-        if kept is not None and actual in chosen:
+        tensor = tensors[actual]
+        kept = _comparable(sample, tensor, found, (rows or {}).get(sample.name, ()))
+        if kept is None:
+            continue
+        if kept.any() and actual in chosen:
             wanted[sample.name] = (sample, actual, kept)
-        elif kept is not None:
-            found.unread.append(sample.name)
+        else:
+            dark = sample.positions is None or not tensor.readable
+            passed_over = tensor.quantised or sample.quantised or not dark
+            (found.unread if passed_over else found.hidden).append(sample.name)
     _compare(wanted, weights, found, halved)
     known = {*names.values(), *(n for n in tensors if _within(n, replaced))}
     found.extra = [name for name in tensors if name not in known]
     _resolve_ties(found, samples, weights)
+    if not weights.whole:
+        found.missing, found.extra = [], []
     return found
+
+
+def module_of(tensor: str) -> str:
+    """The module that a tensor belongs to."""
+    return tensor.rpartition(".")[0]
 
 
 def _within(name: str, outer: Collection[str]) -> bool:
@@ -147,13 +178,16 @@ def _comparable(
 ) -> NDArray[np.bool_] | None:
     """Which recorded positions are here too, and belong to the base; None: the shape is another."""
     there, here = sample.shape, tensor.shape
+    if tensor.dtype is None:
+        # Of codes, nobody knows the shape of what they stand for.
+        return np.zeros(1, np.bool_)
     if there != here:
         if len(there) != len(here) or not there or there[1:] != here[1:]:
             found.reshaped.append(sample.name)
             return None
         found.rows[sample.name] = (there[0], here[0])
     if sample.positions is None:
-        return np.zeros(0, np.bool_)
+        return np.zeros(1, np.bool_)
     kept: NDArray[np.bool_] = sample.positions < math.prod(here)
     if own_rows:
         row = sample.positions // max(1, math.prod(there[1:]))
@@ -170,19 +204,14 @@ def _compare(
     asked: dict[str, Positions] = {}
     for sample, actual, kept in wanted.values():
         assert sample.positions is not None
-        if kept.any():
-            asked[actual] = sample.positions[kept]
-        else:
-            found.unread.append(sample.name)
+        asked[actual] = sample.positions[kept]
     read = weights.read(asked)
     for sample, actual, kept in wanted.values():
-        if actual not in read:
-            continue
         assert sample.values is not None
         tensor = weights.tensors[actual]
-        pair = sample.values[kept], rounded(read[actual])
+        pair = Pair(sample.values[kept], rounded(read[actual]), asked[actual], sample.shape)
         quantised = sample.quantised or tensor.quantised
-        if _equal(*pair, halved or quantised or tensor.dtype == "float16"):
+        if _equal(pair.recorded, pair.actual, halved or quantised or tensor.dtype == "float16"):
             found.same.append(sample.name)
         elif quantised:
             found.quantised[sample.name] = pair
@@ -199,7 +228,7 @@ def _equal(recorded: Floats, actual: Floats, loosely: bool) -> bool:
         # Rounding twice may end one step away.
         with np.errstate(invalid="ignore"):
             close = np.abs(recorded - actual) <= np.maximum(
-                _STEP * np.maximum(np.abs(recorded), np.abs(actual)), _SMALLEST_HALF
+                STEP * np.maximum(np.abs(recorded), np.abs(actual)), _SMALLEST_HALF
             )
         same |= close & np.isfinite(recorded) & np.isfinite(actual)
         beyond = np.minimum(np.abs(recorded), np.abs(actual)) >= _LARGEST_HALF
@@ -207,11 +236,11 @@ def _equal(recorded: Floats, actual: Floats, loosely: bool) -> bool:
     return bool(same.all())
 
 
-def correlation(pairs: Mapping[str, tuple[Floats, Floats]]) -> float | None:
+def correlation(pairs: Mapping[str, Pair]) -> float | None:
     """Of recorded and actual values, each tensor taken at its own recorded magnitude."""
     ours, theirs = [], []
     for pair in pairs.values():
-        recorded, actual = (each.astype(np.float64) for each in pair)
+        recorded, actual = pair.recorded.astype(np.float64), pair.actual.astype(np.float64)
         fine = np.isfinite(recorded) & np.isfinite(actual)
         size = float(np.sqrt(np.mean(recorded[fine] ** 2))) if fine.any() else 0.0
         if size > 0:

@@ -41,6 +41,8 @@ class ModelWeights:
         model: the model, adapted or not.
     """
 
+    whole = True
+
     def __init__(self, model: nn.Module) -> None:
         self._holders: dict[str, nn.Parameter | BaseWeight] = {}
         self.aliases: dict[str, str] = {}

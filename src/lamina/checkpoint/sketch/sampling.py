@@ -34,7 +34,9 @@ _WINDOWS, _MOST_WINDOWS, _MOST_TENSORS = 640, 16, 1024
 _WIDTH = 64
 # A quantised weight is read as a whole, so only some are.
 _QUANTISED = 16
-_QUANTISED_NOTE, _UNREAD_NOTE = "quantised", "unread"
+# Of quantised weights that were looked at; of those that weren't; of what couldn't be.
+_QUANTISED_NOTE, _PASSED_NOTE, _UNREAD_NOTE = "quantised", "passed", "unread"
+_WITHOUT_VALUES = (_PASSED_NOTE, _UNREAD_NOTE)
 _MOST_NAMES, _MOST_DIMENSIONS, _MOST_ENTRIES = 500_000, 12, 1 << 48
 
 
@@ -44,7 +46,7 @@ class Tensor:
 
     Attributes:
         shape: as in the model; of a quantised weight, as it is unquantised.
-        dtype: of its values, as torch names it; None if unknown.
+        dtype: of its values, as torch names it; None for codes whose values have another shape.
         quantised: whether its values are those of codes.
         readable: whether its values can be had.
     """
@@ -57,6 +59,10 @@ class Tensor:
 
 class Weights(Protocol):
     """The weights of a base, wherever they lie."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all of its weights, by their names in the model."""
 
     @property
     def quantization(self) -> str | None:
@@ -81,7 +87,7 @@ class Sample:
     Attributes:
         name: of the tensor.
         shape: its shape.
-        quantised: whether it was read through a quantiser.
+        quantised: whether it was stored in codes.
         positions: flat positions in that shape; None if no values were looked at.
         values: what was there, rounded to bfloat16.
     """
@@ -102,11 +108,9 @@ def sketch(weights: Weights) -> Sketch:
     through = set(some_quantised(tensors))
     notes = {}
     for name, tensor in tensors.items():
-        seen = _has_values(tensor) and (name in through or not tensor.quantised)
-        note = (f" {_QUANTISED_NOTE}" if tensor.quantised else "") if seen else f" {_UNREAD_NOTE}"
-        notes[name] = f"{_shape_note(tensor.shape)}{note}"
+        notes[name] = f"{_shape_note(tensor.shape)} {_note(tensor, name in through)}".rstrip()
     patterns = fold(notes)
-    names = _sampled([name for name, _, note in _entries(patterns) if note != _UNREAD_NOTE])
+    names = _sampled([n for n, _, note in _entries(patterns) if note not in _WITHOUT_VALUES])
     windows = max(1, min(_MOST_WINDOWS, _WINDOWS // max(1, len(names))))
     places = {name: _windows(name, tensors[name].shape, windows) for name in names}
     read = weights.read({name: place.ravel() for name, place in places.items()})
@@ -126,6 +130,14 @@ def sketch(weights: Weights) -> Sketch:
         dtype=_dtype_of(dense or [tensors[name] for name in names]),
         quantization=weights.quantization,
     )
+
+
+def _note(tensor: Tensor, looked_at: bool) -> str:
+    if not _has_values(tensor):
+        return _UNREAD_NOTE
+    if not tensor.quantised:
+        return ""
+    return _QUANTISED_NOTE if looked_at else _PASSED_NOTE
 
 
 def _dtype_of(tensors: Iterable[Tensor]) -> str | None:
@@ -150,7 +162,7 @@ def samples(found: Sketch) -> list[Sample]:
     entries = _entries(found.tensors)
     if len({name for name, _, _ in entries}) < len(entries):
         raise ValueError("a tensor is there twice")
-    names = _sampled([name for name, _, note in entries if note != _UNREAD_NOTE])
+    names = _sampled([name for name, _, note in entries if note not in _WITHOUT_VALUES])
     windows = found.samples // 2
     values = np.frombuffer(_unpacked(found.values), "<u2")
     offsets = np.frombuffer(_unpacked(found.offsets), np.uint8)
@@ -162,7 +174,7 @@ def samples(found: Sketch) -> list[Sample]:
 
 
 def _sample(name: str, shape: tuple[int, ...], note: str, held: Any) -> Sample:
-    quantised = note == _QUANTISED_NOTE
+    quantised = note in (_QUANTISED_NOTE, _PASSED_NOTE)
     if held is None:
         return Sample(name, shape, quantised)
     if not math.prod(shape):
@@ -182,7 +194,7 @@ def _entries(patterns: Iterable[str]) -> list[tuple[str, tuple[int, ...], str]]:
     for pattern in patterns:
         folded, _, rest = pattern.partition(" ")
         shape, _, note = rest.partition(" ")
-        if note not in ("", _QUANTISED_NOTE, _UNREAD_NOTE):
+        if note not in ("", _QUANTISED_NOTE, *_WITHOUT_VALUES):
             raise ValueError(f"{note[:40]!r} is said of {folded[:80]}")
         dims = _shape_of(shape)
         found += [(name, dims, note) for name in unfold(folded)]

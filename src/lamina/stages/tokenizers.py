@@ -1,0 +1,100 @@
+"""The tokenizer of a stage: what a record says of it, and how another one differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lamina.checkpoint.record import Base, StageRecord
+from lamina.errors import StageError
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """The entries of a record's `Base` that are of a tokenizer.
+
+    Raises:
+        StageError: it has no vocabulary.
+    """
+    vocabulary = _vocabulary(tokenizer)
+    return {
+        "tokenizer": _digest(vocabulary),
+        "tokenizer_size": _size(vocabulary),
+        "chat_template": _template_digest(tokenizer),
+    }
+
+
+def tokenizer_digest(tokenizer: Any, size: int | None = None) -> str:
+    """SHA-256 of a tokenizer's vocabulary: its tokens and their ids, those below `size`.
+
+    Raises:
+        StageError: it has no vocabulary.
+    """
+    return _digest(_vocabulary(tokenizer), size)
+
+
+def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
+    get = getattr(tokenizer, "get_vocab", None)
+    if not callable(get):
+        raise StageError(
+            f"A {type(tokenizer).__name__} was given where a tokenizer is wanted.",
+            cure="give the tokenizer itself: AutoTokenizer.from_pretrained(...)",
+        )
+    vocabulary: Mapping[str, int] = get()
+    return vocabulary
+
+
+def _size(vocabulary: Mapping[str, int]) -> int:
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def _digest(vocabulary: Mapping[str, int], size: int | None = None) -> str:
+    known = sorted((t, i) for t, i in vocabulary.items() if size is None or i < size)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _template_digest(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_tokenizer(record: StageRecord | None) -> Base | None:
+    """The base of the newest stage of which the tokenizer is known."""
+    stages = record.stages if record else ()
+    return next((s.base for s in reversed(stages) if s.base.tokenizer is not None), None)
+
+
+def tokenizer_faults(recorded: Base | None, tokenizer: Any) -> list[str]:
+    """What makes a tokenizer another one: known tokens that are gone, or have other ids.
+
+    Tokens that were added after the known ones are none.
+    """
+    if recorded is None or tokenizer is None:
+        return []
+    vocabulary, known = _vocabulary(tokenizer), recorded.tokenizer_size
+    if _digest(vocabulary, known) == recorded.tokenizer:
+        return []
+    size = _size(vocabulary)
+    if known is not None and size < known:
+        lacking = f"it has {size:,} tokens, {known - size:,} fewer"
+        return [f"trained with a tokenizer of another vocabulary than this one's: {lacking}"]
+    return ["trained with a tokenizer of another vocabulary than this one's"]
+
+
+def tokenizer_remarks(recorded: Base | None, tokenizer: Any) -> list[str]:
+    """What else differs, and may be meant: the chat template."""
+    if recorded is None or tokenizer is None or recorded.tokenizer_size is None:
+        return []
+    before, now = recorded.chat_template, _template_digest(tokenizer)
+    if before == now:
+        return []
+    words = {
+        (True, True): "has another chat template than the one that it was trained with",
+        (False, True): "has a chat template, and the one that it was trained with had none",
+        (True, False): "has no chat template, and the one that it was trained with had one",
+    }
+    return [f"the tokenizer {words[before is not None, now is not None]}"]
