@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamina.config import LoraConfig
@@ -115,6 +115,14 @@ def config_of(path: Path) -> dict[str, Any]:
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path / WEIGHTS, framework="pt") as opened:
         return dict(opened.metadata())
+
+
+def rewrite_record(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change the record in a stage's file, and nothing else."""
+    metadata, tensors = metadata_of(path), tensors_of(path)
+    record = json.loads(metadata["lamina"])
+    change(record)
+    save_file(tensors, path / WEIGHTS, {**metadata, "lamina": json.dumps(record)})
 
 
 def own_factors(model: PeftModel, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,19 @@ from lamina.config import LoraConfig
 from lamina.errors import MissingFileError, StageError
 from lamina.stages import begin_stage, load, save_stage
 from tests import models
-from tests.stages.chains import answer, distance, fill_trainable, llama_lora, run_stage
+from tests.stages.chains import (
+    answer,
+    distance,
+    fill_trainable,
+    llama_lora,
+    rewrite_record,
+    run_stage,
+)
+
+
+def without_sketch(path: Path) -> None:
+    """As stages were recorded before bases were known by their weights."""
+    rewrite_record(path, lambda record: record["stages"][-1]["base"].pop("sketch"))
 
 
 def test_the_base_is_found_by_its_recorded_name(tmp_path: Path) -> None:
@@ -24,9 +36,7 @@ def test_the_base_is_found_by_its_recorded_name(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no such directory") as caught:
         load(tmp_path / "one")
     assert "lamina.load(path, base=" in str(caught.value.cure)
-    with pytest.raises(StageError, match="elsewhere"):
-        load(tmp_path / "one", str(moved))
-    again = load(tmp_path / "one", str(moved), allow_base_mismatch=True)
+    again = load(tmp_path / "one", str(moved))
     assert distance(answer(again), answer(model)) < 1e-6
 
 
@@ -50,6 +60,7 @@ def test_the_base_from_the_cache_of_the_hub_is_the_same(tmp_path: Path) -> None:
         model = begin_stage(bases[0], name="one", config=llama_lora())
         fill_trainable(model)
         save_stage(model, tmp_path / "one")
+        without_sketch(tmp_path / "one")
         load(tmp_path / "one", bases[1])
     other = models.tiny_llama()
     other.name_or_path = cached.replace("tiny", "other")

@@ -18,6 +18,7 @@ from lamina.model.adapted import refuse_adapted
 from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.flat import Flat
+from lamina.stages.likeness import base_likeness
 from lamina.stages.probing import probe_of
 
 _NAME = "replayed"
@@ -39,15 +40,21 @@ def open_base(
     else:
         config = replace(file.config, base_model_name_or_path=str(base), revision=None)
         opened = AutoPeftModel.load_base(config, source=file.source, dtype="auto")
-    faults = [] if allow_base_mismatch else base_faults(record.newest.base, describe_base(opened))
+    if not allow_base_mismatch:
+        _check_base(file, record, opened)
+    whole: nn.Module = opened
+    return whole
+
+
+def _check_base(file: AdapterFile, record: StageRecord, base: nn.Module) -> None:
+    likeness = base_likeness(record, base)
+    faults = base_faults(record.newest.base, describe_base(base), likeness)
     if faults:
         raise StageError(
             f"{file.source} was trained on another base.",
             faults=faults,
             cure="give its own base, or pass allow_base_mismatch=True if it is the same",
         )
-    whole: nn.Module = opened
-    return whole
 
 
 @contextmanager
