@@ -14,11 +14,14 @@ from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.diff import diff
 from lamina.cli.doctor import doctor
+from lamina.cli.edit import edit
 from lamina.cli.env import env
 from lamina.cli.export import export
+from lamina.cli.flatten import flatten
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
+from lamina.cli.split import split
 from lamina.cli.targets import targets
 from lamina.cli.terminal import hush_imports, print_error
 from lamina.errors import LaminaError
@@ -69,7 +72,21 @@ def _root(
         hush_imports()
 
 
-for _verb in (demo, inspect, doctor, lineage, targets, merge, diff, export, convert, env):
+for _verb in (
+    demo,
+    inspect,
+    doctor,
+    lineage,
+    targets,
+    merge,
+    diff,
+    flatten,
+    split,
+    edit,
+    export,
+    convert,
+    env,
+):
     app.command()(_verb)
 app.command("as-peft", context_settings=PASS_ON)(as_peft)
 
