@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
+from lamina.config.expressions import is_plain, why_not
+from lamina.config.patterns import in_layers, whole
+
+# In one table; names of modules aren't counted.
+_MOST_EXPRESSIONS = 2_000
 # Fields that make an adapter another variant of LoRA.
 _VARIANTS = (
     "use_dora",
@@ -49,11 +53,7 @@ def faults_of_choices(config: Any) -> list[str]:
         # PEFT would not open the file.
         faults.append("lora_bias=True goes with init_lora_weights=True or False only")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = getattr(config, name)
-        if isinstance(value, str) and name != "layers_pattern":
-            faults.extend(_regex_faults(name, value))
-        elif value is not None and not _is_names(value) and not isinstance(value, str):
-            faults.append(f"{name}={value!r}: a string or a list of strings")
+        faults.extend(_faults_of_names(name, getattr(config, name)))
     if config.modules_to_save is not None and not _is_names(config.modules_to_save):
         faults.append(f"modules_to_save={config.modules_to_save!r}: a list of strings")
     return faults + faults_of_patterns(config) + faults_of_variants(config)
@@ -90,9 +90,34 @@ def faults_of_patterns(config: Any) -> list[str]:
         table = getattr(config, name)
         if table is not None and not isinstance(table, dict):
             faults.append(f"{name}={table!r}: a dict from names to numbers")
-        for key, _ in _items(table):
-            faults.extend(_regex_faults(f"{name}[{key!r}]", key))
+        keys = [key for key, _ in _items(table)]
+        expressions = sum(not is_plain(str(key)) for key in keys)
+        if expressions > _MOST_EXPRESSIONS:
+            limit = f"{_MOST_EXPRESSIONS:,}"
+            faults.append(f"{name} has {expressions:,} regular expressions, more than {limit}")
+            continue
+        for key in keys:
+            faults.extend(_pattern_faults(name, key))
     return faults
+
+
+def _faults_of_names(name: str, value: Any) -> list[str]:
+    if value is not None and not _is_names(value) and not isinstance(value, str):
+        return [f"{name}={value!r}: a string or a list of strings"]
+    if name != "layers_pattern":
+        return _regex_faults(name, value) if isinstance(value, str) else []
+    patterns = [value] if isinstance(value, str) else (value or ())
+    faults = [why_not(in_layers(pattern), with_groups=True) for pattern in patterns]
+    return [f"{name}: {fault}" for fault in faults if fault]
+
+
+def _pattern_faults(name: str, key: object) -> list[str]:
+    if isinstance(key, str) and is_plain(key):
+        return []
+    shown = f"{name}[{key!r}]"
+    # By itself it may be whole where it isn't as a part, and the other way around.
+    faults = _regex_faults(shown, key)
+    return faults or _regex_faults(shown, whole(str(key)))
 
 
 def faults_of_targets(config: Any) -> list[str]:
@@ -160,11 +185,8 @@ def _is_indices(value: object) -> bool:
 def _regex_faults(name: str, pattern: object) -> list[str]:
     if not isinstance(pattern, str):
         return [f"{name}: {pattern!r} is not a string"]
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{name}: {pattern!r} is not a regular expression: {error}"]
-    return []
+    fault = why_not(pattern)
+    return [] if fault is None else [f"{name}: {fault}"]
 
 
 def is_off(value: object) -> bool:

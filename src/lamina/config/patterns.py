@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
+
+from lamina.config.expressions import fullmatch, is_plain
 
 
 class Numbers(Protocol):
@@ -18,13 +19,37 @@ class Numbers(Protocol):
 
 def matching(patterns: Iterable[str], name: str) -> list[str]:
     """The patterns that mean the module `name`: its end, or a regular expression for its end."""
-    return [pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)]
+    return [pattern for pattern in patterns if means(pattern, name)]
+
+
+def means(pattern: str, name: str) -> bool:
+    """Whether one pattern means the module `name`.
+
+    Raises:
+        ConfigError: it is no regular expression, or can't be matched in bounded time.
+    """
+    if not is_plain(pattern):
+        return fullmatch(whole(pattern), name)
+    # Tables of ranks have the names of all modules: these aren't worth a matcher each.
+    start = len(name) - len(pattern)
+    if start < 0 or (start and name[start - 1] != "."):
+        return False
+    return all(a in (b, ".") for a, b in zip(pattern, name[start:], strict=True))
+
+
+def in_layers(pattern: str) -> str:
+    """The expression whose group `lamina_index` is the number after a list of layers."""
+    return rf"(?:^|.*?\.)(?:{pattern})\.(?P<lamina_index>\d+)\."
+
+
+def whole(pattern: str) -> str:
+    """The expression for whole names that a pattern for their ends stands for."""
+    return rf"(.*\.)?({pattern})"
 
 
 def first_match(table: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that means the module, else `default`."""
-    found = matching(table, name)
-    return table[found[0]] if found else default
+    return next((value for pattern, value in table.items() if means(pattern, name)), default)
 
 
 def numbers(config: Numbers, name: str) -> tuple[int, float]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lamina.config import ALL_LINEAR, AdaLoraConfig, LoraConfig
-from lamina.config.patterns import matching
+from lamina.config.expressions import fullmatch
+from lamina.config.patterns import in_layers, matching
 from lamina.engine.bypassed import why_bypassed
 from lamina.engine.conflicts import conflicts
 from lamina.engine.faults import init_error, plan_error, silent_patterns, unsupported
@@ -203,7 +204,7 @@ class _Finder:
         if targets == ALL_LINEAR:
             return [ALL_LINEAR] if name in self.all_linear else []
         if isinstance(targets, str):
-            return [targets] if re.fullmatch(targets, name) else []
+            return [targets] if fullmatch(targets, name) else []
         return [suffix for suffix in suffixes(name) if suffix in targets]
 
     def _excluded(self, name: str) -> bool:
@@ -381,9 +382,9 @@ def layer_index(name: str, pattern: list[str] | str | None) -> int | None:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name) or re.match(r"[^.]*\.(\d+)\.", name)
         return int(match.group(1)) if match else None
     for each in patterns:
-        match = re.match(rf"(?:^|.*?\.){each}\.(\d+)\.", name)
+        match = re.match(in_layers(each), name)
         if match:
-            return int(match.group(1))
+            return int(match["lamina_index"])
     return None
 
 

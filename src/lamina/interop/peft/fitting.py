@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lamina.config import AdaLoraConfig
+from lamina.config.patterns import means
 from lamina.engine.layers import layer_class, lora_layers
 from lamina.engine.names import places, suffixes
 from lamina.engine.parameters import find_parameters
@@ -241,7 +242,7 @@ def warn_misfits(found: Fit, adapted: list[str]) -> None:
         silent = sorted(
             key
             for key in getattr(config, field) or ()
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted)
+            if not any(means(key, name) for name in adapted)
         )
         if silent:
             warnings.warn(

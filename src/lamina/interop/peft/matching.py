@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from lamina.config import ALL_LINEAR, TaskType
+from lamina.config.expressions import fullmatch
+from lamina.config.patterns import means
 from lamina.engine.linears import linear_names
 from lamina.engine.names import places, suffixes
 from lamina.engine.targets import layer_index
@@ -35,13 +37,13 @@ class ExcludedModule:
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
     """Whether a regular expression means a module's whole name."""
-    return re.fullmatch(target_pattern, key)
+    return re.fullmatch(r".*", key, re.DOTALL) if fullmatch(target_pattern, key) else None
 
 
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     """The first pattern that means a module, or its whole name if none does."""
     for key in pattern_keys:
-        if re.match(rf"(.*\.)?({key})$", key_to_match):
+        if means(key, key_to_match):
             return key
     return key_to_match
 
@@ -61,7 +63,7 @@ def check_target_module_exists(config: Any, key: str) -> Any:
     if getattr(config, "exclude_modules", None) and _means(config.exclude_modules, key):
         return ExcludedModule()
     for saved in getattr(config, "modules_to_save", None) or ():
-        if re.match(rf"(^|.*\.){saved}($|\..*)", key):
+        if fullmatch(rf"(.*\.)?({saved})(\..*)?", key):
             return ExcludedModule()
     targets = config.target_modules
     if targets is None and getattr(config, "target_parameters", None) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lamina.config.expressions import fullmatch
 from lamina.engine.names import places
 from lamina.engine.ties import tied_to_embedding
 from lamina.errors import TargetError
@@ -70,7 +70,7 @@ def tell_untied(model: Any) -> None:
 def _names_embedding(config: Any) -> bool:
     targets = config.target_modules
     if isinstance(targets, str):
-        named = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+        named = any(fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
     else:
         named = any(t.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for t in targets or ())
     saved = config.modules_to_save or ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from lamina import config as native
 from lamina import model as native_model
+from lamina.config.expressions import fullmatch
 from lamina.engine.layers import TrainableTokensLayer
 from lamina.engine.names import adapted_layers, places, suffixes
 from lamina.engine.ties import input_embedding
@@ -108,7 +108,7 @@ def _tables(model: nn.Module, config: Any) -> list[str]:
         config.target_modules = input_embedding(model, everything) or "embed_tokens"
     targets = config.target_modules
     if isinstance(targets, str):
-        found = [place.name for place in everything if re.fullmatch(targets, place.name)]
+        found = [place.name for place in everything if fullmatch(targets, place.name)]
     else:
         wanted = set(targets)
         found = [p.name for p in everything if p.name and wanted & set(suffixes(p.name))]
