@@ -107,9 +107,13 @@ if TYPE_CHECKING:
     )
     from lamina.stages import (
         begin_stage,
+        drop_last_stage,
+        flatten,
         lineage,
         load,
+        rename_stage,
         save_stage,
+        split,
     )
 
 __all__ = [
@@ -179,8 +183,10 @@ __all__ = [
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
+    "drop_last_stage",
     "extract_lora",
     "find_all_linear_names",
+    "flatten",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -196,10 +202,12 @@ __all__ = [
     "preprocess_corda",
     "preprocess_loraga",
     "reduce_intruder_dimension",
+    "rename_stage",
     "replace_lora_weights_loftq",
     "save_as_lora",
     "save_stage",
     "set_peft_model_state_dict",
+    "split",
 ]
 
 # Where a name lives that is neither an error nor of the facade.
@@ -233,7 +241,16 @@ _ELSEWHERE = {
         "create_loraplus_optimizer",
         "create_riemannian_optimizer",
     },
-    "lamina.stages": {"begin_stage", "lineage", "load", "save_stage"},
+    "lamina.stages": {
+        "begin_stage",
+        "drop_last_stage",
+        "flatten",
+        "lineage",
+        "load",
+        "rename_stage",
+        "save_stage",
+        "split",
+    },
 }
 
 

@@ -120,8 +120,8 @@ def _probe(report: FlattenReport) -> str:
     found = report.probe
     if found is None:
         return ""
-    told = f"logits differ by up to {found.max_difference:.3g}, they are up to "
-    told += f"{found.max_logit:.3g}"
+    told = f"largest difference {_few(found.max_difference)}, among logits up to "
+    told += _few(found.max_logit)
     if found.kl is not None:
         told += f"; KL {found.kl:.3g}"
     if found.top1_agreement is not None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+_ULPS = 4 * 2.0**-52
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -42,7 +44,8 @@ def is_power_of_two(ratio: float) -> bool:
 
 def rescale(tensor: torch.Tensor, ratio: float) -> torch.Tensor:
     """`tensor * ratio`, rounded once; half precision becomes fp32 where it would lose digits."""
-    if ratio == 1:
+    # `alpha / r` of the same scaling differs by the rounding of the alpha that was written.
+    if abs(ratio - 1) <= _ULPS:
         return tensor
     exact = tensor.double() * ratio
     rounded = exact.to(tensor.dtype)

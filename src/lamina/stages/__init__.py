@@ -1,8 +1,20 @@
 """Stages: begin one on top of another, save it as one laminated adapter, load and list chains."""
 
 from lamina.stages.begin import begin_stage
+from lamina.stages.edit import drop_last_stage, rename_stage
+from lamina.stages.flatten import flatten
 from lamina.stages.lineage import lineage
 from lamina.stages.load import load
 from lamina.stages.save import save_stage
+from lamina.stages.split import split
 
-__all__ = ["begin_stage", "lineage", "load", "save_stage"]
+__all__ = [
+    "begin_stage",
+    "drop_last_stage",
+    "flatten",
+    "lineage",
+    "load",
+    "rename_stage",
+    "save_stage",
+    "split",
+]

@@ -211,8 +211,8 @@ def _count(tensors: Mapping[str, torch.Tensor]) -> int:
 def _notes(selection: Selection, record: StageRecord) -> Iterator[str]:
     if record.left_out:
         yield (
-            f"trained on top of {', '.join(record.left_out)}, which is not in it: alone it is not "
-            "what was trained"
+            f"trained on top of {', '.join(record.left_out)}, left out here; without that it is "
+            "not what was trained"
         )
     yield from selection.overwritten
     for part in selection.chain.parts:
