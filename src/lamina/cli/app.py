@@ -24,6 +24,7 @@ from lamina.cli.merge import merge
 from lamina.cli.split import split
 from lamina.cli.targets import targets
 from lamina.cli.terminal import hush_imports, print_error
+from lamina.cli.verify import verify
 from lamina.errors import LaminaError
 
 EXIT_CODE = 2
@@ -76,6 +77,7 @@ for _verb in (
     demo,
     inspect,
     doctor,
+    verify,
     lineage,
     targets,
     merge,

@@ -7,7 +7,7 @@ twice, a prefix that hit nothing. What a model answers to a few tokens tells.
 from lamina.checkpoint.probe.answers import answers_of, make_probe
 from lamina.checkpoint.probe.asking import Outputs, ask, probe_tokens
 from lamina.checkpoint.probe.comparison import ProbeComparison, compare_answers
-from lamina.checkpoint.probe.effect import Effect, effect_of
+from lamina.checkpoint.probe.effect import Effect, along, effect_of
 from lamina.checkpoint.probe.tolerance import Tolerance, tolerance_for
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Outputs",
     "ProbeComparison",
     "Tolerance",
+    "along",
     "answers_of",
     "ask",
     "compare_answers",

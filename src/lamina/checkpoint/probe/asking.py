@@ -244,14 +244,20 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
     # Flags alone: `train()` may be overridden, and do more.
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = _packs(module)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a layer rearranges its codes in place, for good, when it answers in eval mode."""
+    kind = type(module)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def _values(given: Any) -> tuple[torch.Tensor, Literal["logits", "hidden states"]]:

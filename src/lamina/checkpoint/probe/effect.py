@@ -66,25 +66,45 @@ def effect_of(
     if recorded_base is None:
         theirs = _tensor([*_flat(expected.logits), *_flat(expected.digest)])
         zero, ours = _numbers(expected, base), _numbers(expected, actual)
-        before = zero
-    else:
-        theirs, before = _tensor(_flat(expected.digest)), _tensor(_flat(recorded_base.digest))
-        zero, ours = (digest(each.values.double()).flatten() for each in (base, actual))
-    sides = (theirs, before, ours, zero)
-    if any(side is None or side.shape != theirs.shape for side in sides) or len(theirs) < _LEAST:
+        return None if zero is None or ours is None else _fit(theirs, zero, ours, zero)
+    theirs, before = _tensor(_flat(expected.digest)), _tensor(_flat(recorded_base.digest))
+    return _fit(theirs, before, _digested(actual), _digested(base))
+
+
+def along(expected: Answers, start: Answers, actual: Outputs) -> Effect | None:
+    """How far answers lie along the way between two recorded ones: 0 at its start, 1 at its end.
+
+    Args:
+        expected: the end.
+        start: the start.
+        actual: the answers.
+    """
+    before = _tensor(_flat(start.digest))
+    return _fit(_tensor(_flat(expected.digest)), before, _digested(actual), before)
+
+
+def _fit(
+    expected: torch.Tensor, before: torch.Tensor, actual: torch.Tensor, base: torch.Tensor
+) -> Effect | None:
+    """Least squares of `actual - base` on `expected - before`."""
+    sides, count = (expected, before, actual, base), len(expected)
+    if any(len(side) != count for side in sides) or count < _LEAST:
         return None
-    assert before is not None and ours is not None and zero is not None
-    wanted, found = theirs - before, ours - zero
+    wanted, found = expected - before, actual - base
     power = float(wanted.square().sum())
     if power == 0 or not math.isfinite(power) or not bool(found.isfinite().all()):
         return None
     size = float((wanted * found).sum()) / power
-    left = float((found - size * wanted).square().sum()) / (len(theirs) - 1)
-    return Effect(size, _SHARED * math.sqrt(left / power), math.sqrt(power / len(theirs)))
+    left = float((found - size * wanted).square().sum()) / (count - 1)
+    return Effect(size, _SHARED * math.sqrt(left / power), math.sqrt(power / count))
 
 
 def _tensor(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _digested(outputs: Outputs) -> torch.Tensor:
+    return digest(outputs.values.double()).flatten()
 
 
 def _numbers(expected: Answers, outputs: Outputs) -> torch.Tensor | None:

@@ -10,7 +10,8 @@ where `u` is that of the coarsest dtype that took part: 2^-8 for bfloat16, 2^-11
 float32 it would be 2^-24, but the record has six digits, and processors sum thousands of terms in
 orders of their own; 2^-17 leaves room for both. Measured on a trained model of four blocks, between
 eager and fused attention, folded and unfolded, bfloat16 and float32, honest differences are a sixth
-of that in bfloat16 and float16; between blocks of random weights, which amplify errors, half. The same quantiser on both sides gives the same
+of that in bfloat16 and float16; of 24 blocks of random weights a fifth, or all of it where these
+are so large that every block amplifies errors. The same quantiser on both sides gives the same
 codes, so that only what is computed differs, at least as much as in bfloat16.
 
 Against another quantiser, or a dense base, no such bound says anything: rounding weights to 4 bits
