@@ -25,6 +25,7 @@ from lamina.checkpoint.weights import WeightsOnDisk
 from lamina.errors import CheckpointError, ExportError
 from lamina.stages.exported import compare_with_base
 from lamina.storage.atomic import atomic_directory
+from lamina.storage.destination import check_destination
 
 AnyBase: TypeAlias = nn.Module | str | Path | BaseConfig
 # Rounding each entry once, over all entries of a module together.
@@ -164,7 +165,8 @@ def export(
             f"{contents.source} can't be written for {chosen.program}.",
             faults=[str(fault) for fault in checked.faults],
         )
-    _refuse_places(Path(out), contents, force)
+    sources = [path, contents.source, *([base] if isinstance(base, (str, Path)) else [])]
+    check_destination(out, sources, force=force)
     with _compressed(path, rank, contents, where) as (source, compression):
         if compression is not None:
             contents = _without_base_copies(read_contents(source), source, base, {})
@@ -175,10 +177,12 @@ def export(
             difference, module = largest_difference(updates.factors, found)
             _refuse_difference(difference, module, dtype)
             compared = (
-                compare_with_base(source, staging, base, contents, found, chosen)
+                compare_with_base(path, staging, base, contents, found, chosen, dtype, where)
                 if base is not None and not isinstance(base, BaseConfig)
                 else None
             )
+            if compression is None:
+                _refuse_answers(compared)
             files = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
     ranks = [each.A.shape[0] for each in found.values()]
     return ExportReport(
@@ -208,7 +212,7 @@ def _compressed(
 
     with tempfile.TemporaryDirectory() as folder:
         report = flatten(path, Path(folder) / "flat", rank=rank, **where)
-        yield Path(folder) / "flat", report.error
+        yield Path(folder) / "flat", report.relative_error
 
 
 def _base_config(base: AnyBase | None, contents: Contents, target: Target) -> BaseConfig | None:
@@ -267,22 +271,6 @@ def _is_base(tensor: torch.Tensor, known: WeightsOnDisk, name: str) -> bool:
     return mine.shape == tensor.shape and torch.equal(mine.to(tensor.dtype), tensor)
 
 
-def _refuse_places(out: Path, contents: Contents, force: bool) -> None:
-    source = Path(contents.source)
-    if source.is_dir() and out.is_dir() and source.samefile(out):
-        raise CheckpointError(
-            f"'{out}' is the adapter itself; it would be overwritten.",
-            cure="export to another directory",
-        )
-    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    if names and not force:
-        raise CheckpointError(
-            f"'{out}' is not empty.",
-            faults=[f"it has '{name}'" for name in names[:6]],
-            cure="export to another directory, or pass force=True (--force) to replace the export",
-        )
-
-
 def _refuse_difference(difference: float, module: str | None, dtype: torch.dtype | None) -> None:
     allowed = _ALLOWED.get(dtype or torch.float32, _ALLOWED[torch.bfloat16])
     if not difference <= allowed:
@@ -290,4 +278,14 @@ def _refuse_difference(difference: float, module: str | None, dtype: torch.dtype
             f"What was written differs from the adapter by {difference:.3g} in {module}; rounding "
             f"accounts for {allowed:.1g}.",
             cure="--dtype float32 keeps what fp16 has no exponent for",
+        )
+
+
+def _refuse_answers(compared: ProbeComparison | None) -> None:
+    if compared is not None and not compared.passed:
+        raise ExportError(
+            "Over its base, what was written answers something else than the adapter: logits up to "
+            f"{compared.max_difference:.3g} apart, where {compared.judged_by} accounts for "
+            f"{compared.tolerance or 0:.1g}.",
+            cure="lamina doctor DIR looks for a cause; nothing was written",
         )

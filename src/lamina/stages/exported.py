@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from lamina.checkpoint.adapter import WEIGHTS_NAME
@@ -25,6 +27,8 @@ def compare_with_base(
     contents: Contents,
     found: Mapping[str, Factors],
     target: Target,
+    dtype: torch.dtype | None,
+    where: Mapping[str, Any],
 ) -> ProbeComparison | None:
     """Ask the base under the original, then under what a program reads; None if there is no base.
 
@@ -35,10 +39,12 @@ def compare_with_base(
         contents: the original's.
         found: module -> the update that the program reads.
         target: the program.
+        dtype: that the factors were rounded to; None if they kept theirs.
+        where: where in the source the original lies.
     """
     if not isinstance(base, nn.Module) and not _has_weights(Path(base)):
         return None
-    expected, loaded = _answers(source, base)
+    expected, loaded = _answers(source, base, **where)
     if expected is None:
         return None
     if WEIGHTS_NAME in target.files:
@@ -48,7 +54,8 @@ def compare_with_base(
             _write_plain(Path(folder), contents, found)
             actual, _ = _answers(folder, loaded)
     assert actual is not None
-    return compare_answers(expected, actual)
+    rounded = None if dtype is None else str(dtype).removeprefix("torch.")
+    return compare_answers(expected, actual, dtype=rounded)
 
 
 def _has_weights(base: Path) -> bool:
@@ -56,9 +63,11 @@ def _has_weights(base: Path) -> bool:
     return not base.is_dir() or any(base.glob("*.safetensors")) or any(base.glob("*.bin"))
 
 
-def _answers(path: str | Path, base: nn.Module | str | Path) -> tuple[Outputs | None, nn.Module]:
+def _answers(
+    path: str | Path, base: nn.Module | str | Path, **where: Any
+) -> tuple[Outputs | None, nn.Module]:
     """What the base answers under an adapter, and the base as it was."""
-    model = load(path, base if isinstance(base, nn.Module) else str(base))
+    model = load(path, base if isinstance(base, nn.Module) else str(base), **where)
     try:
         return ask(model), model.get_base_model()
     finally:

@@ -10,7 +10,7 @@ Source: llama.cpp, `src/llama-adapter.cpp` (what is read) and `convert_lora_to_g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,21 @@ class Gguf:
 
     name = "gguf"
     program = "llama.cpp"
-    files = (FILE,)
+    files: Sequence[str] = (FILE,)
     needs_base = True
+    # llama-server looks for the tokens from which such an adapter acts.
+    takes_methods: Sequence[str] = ("aLoRA",)
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """What llama.cpp would refuse, crash on or leave out."""
         faults = [
-            *plain_faults(contents, self.program, _MERGE, takes_parameters=False),
+            *plain_faults(
+                contents,
+                self.program,
+                _MERGE,
+                takes_parameters=False,
+                takes_methods=self.takes_methods,
+            ),
             *_base_faults(options.base),
         ]
         architecture = _known(options.base)
@@ -78,6 +86,10 @@ class Gguf:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        invoked_by = updates.contents.config.get("alora_invocation_tokens")
+        if invoked_by:
+            key, kinds = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, gguf.GGUFValueType
+            writer.add_key_value(key, invoked_by, kinds.ARRAY, kinds.UINT32)
         writer.add_file_type(getattr(gguf.LlamaFileType, file_kind))
         record = metadata_for(updates.contents, None, keep=options.keep_record).get(KEY)
         if record is not None:
@@ -87,7 +99,9 @@ class Gguf:
             heads = _heads(module, base, architecture)
             laid_out = _laid_out(updates.factors[module], heads, alpha, is_table=name == _TABLE)
             for leaf, tensor in laid_out.items():
-                data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+                # What overflows is found when the file is read back.
+                with np.errstate(over="ignore"):
+                    data = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
                 writer.add_tensor(f"{name}.{leaf}", data, raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

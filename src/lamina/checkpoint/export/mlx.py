@@ -81,8 +81,6 @@ class Mlx:
                 "keys": keys(list(factors)),
             },
         }
-        if options.base is not None:
-            config["model"] = options.base.source
         (directory / CONFIG).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
     def read_back(self, updates: Updates, directory: Path, options: Options) -> dict[str, Factors]:

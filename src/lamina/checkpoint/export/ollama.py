@@ -21,6 +21,7 @@ class Ollama(Gguf):
     name = "ollama"
     program = "llama.cpp"
     files = (FILE, MODELFILE)
+    takes_methods = ()
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """What llama.cpp can't take, and the name of the base, which only the user knows."""

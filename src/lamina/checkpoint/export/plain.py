@@ -13,6 +13,14 @@ _PLAIN_WHEN_DONE = ("LoRA", "rsLoRA", "MiCA", "VeLoRA", "MonteCLoRA")
 # Beginnings that take something out of the base, so that A and B lie over another base.
 _DISPLACING = ("pissa", "olora", "corda", "loftq")
 _SHOWN = 3
+_CLOSE = "`lamina flatten DIR -o NEW --approximate --rank R --base BASE` comes close to it"
+# What helps where folding it in is not the way, or not the only one.
+_CURES = {
+    "DoRA": f"{_CLOSE}; exactly, {{merge}}",
+    "AdaLoRA": "`lamina flatten DIR -o NEW` makes plain LoRA of it",
+    "aLoRA": "it acts from a token on, which no merged weight does; serve it with PEFT",
+    "Arrow": "it chooses among adapters by token, which no merged weight does; serve it with PEFT",
+}
 
 
 def plain_faults(
@@ -22,6 +30,7 @@ def plain_faults(
     *,
     takes_whole: Collection[str] = (),
     takes_parameters: bool = True,
+    takes_methods: Collection[str] = (),
 ) -> list[Finding]:
     """What is in an adapter beside the factors of linear layers and embeddings.
 
@@ -31,6 +40,7 @@ def plain_faults(
         merge: the cure for what can't be taken at all.
         takes_whole: modules trained whole that it takes.
         takes_parameters: whether it takes adapted parameters, such as those of fused experts.
+        takes_methods: methods that it knows beside plain LoRA.
     """
     config = contents.config
     faults = [Finding(line, "save or download the adapter again") for line in contents.halves]
@@ -42,9 +52,9 @@ def plain_faults(
     if contents.rows:
         faults.append(Finding(f"{program} takes no trained token rows", merge))
     faults += [
-        Finding(f"{program} doesn't know {method}", merge)
+        Finding(f"{program} doesn't know {method}", _CURES.get(method, merge).format(merge=merge))
         for method in method_of(config).split(", ")
-        if method not in _PLAIN_WHEN_DONE
+        if method not in {*_PLAIN_WHEN_DONE, *takes_methods}
     ]
     if contents.biases_of_B:
         faults.append(Finding(f"B has biases in {some(contents.biases_of_B)}", merge))
@@ -89,12 +99,6 @@ def table_faults(contents: Contents, program: str, merge: str, *, tied: bool) ->
             merge,
         )
     ]
-
-
-def training_only(contents: Contents) -> list[str]:
-    """Tensors that a method needs in training only, and that can be left out of an export."""
-    methods = set(method_of(contents.config).split(", "))
-    return list(contents.of_methods) if methods <= set(_PLAIN_WHEN_DONE) else []
 
 
 def _displaced(config: Mapping[str, Any]) -> list[Finding]:
