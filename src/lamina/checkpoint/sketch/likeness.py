@@ -137,6 +137,9 @@ def _updated(found: Findings, base: str, over: Over) -> tuple[Verdict, str]:
     label = folded(found.dense, over.updates)
     if label:
         return "merged", f"is {base} with {label} folded in already: {where}"
+    if not words.related(found):
+        # Where the adapter targets all there is, another model differs in its targets too.
+        return "other", words.other(found, base)
     if label is None:
         return "merged", f"is {base} with the adapter, or one like it, folded in already: {where}"
     return "other", f"is {base} with something else folded in, or trained on: {where}"

@@ -31,10 +31,16 @@ def other(found: Findings, base: str) -> str:
     share = f"{len(strange)} of {total} weights have other {what}"
     if 2 * len(strange) < total:
         return f"is not quite {base}: {share} ({some(strange)})"
-    likeness = correlation({**found.dense, **found.quantised})
-    if likeness is not None and likeness >= _RELATED:
+    if related(found):
+        likeness = correlation({**found.dense, **found.quantised})
         return f"is a relative of {base}, and not it: {share} (correlation {likeness:.4f})"
     return f"is another model than {base}: {share}"
+
+
+def related(found: Findings) -> bool:
+    """Whether the weights that differ came from the same ones, to go by their correlation."""
+    likeness = correlation({**found.dense, **found.quantised})
+    return likeness is not None and likeness >= _RELATED
 
 
 def share_of_targets(found: Findings, targets: Collection[str]) -> str:
