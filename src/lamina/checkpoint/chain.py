@@ -8,7 +8,8 @@ from typing import Any
 
 from lamina.checkpoint.origin import UNKNOWN
 from lamina.checkpoint.record import Base, Lamina, Mode, Stage, StageRecord
-from lamina.checkpoint.shapes import FactorShapes, scaling_in
+from lamina.checkpoint.shapes import FactorShapes, scalings
+from lamina.config.readable import readable
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def chain_of(record: StageRecord) -> Chain:
 def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) -> Chain:
     """The chain of an adapter without a record: one stage of unknown origin."""
     whole = Lamina(stage=UNKNOWN, config=dict(config), ranks={f.module: f.rank for f in factors})
-    saved = tuple(sorted(config.get("modules_to_save") or ()))
+    saved = tuple(sorted(readable(config).get("modules_to_save") or ()))
     stage = StageSummary(UNKNOWN, None, 0, saved_modules=saved)
     return Chain((stage,), (_group(whole, []),))
 
@@ -134,12 +135,12 @@ def _trained_groups(record: StageRecord) -> list[int | None]:
     if told == [lamina.stage for lamina in record.laminae] and newest < len(record.laminae):
         return trained
     # Stages without ranks of their own: what is certain is who trained a group last.
-    names = [lamina.stage for lamina in record.laminae]
-    return [names.index(s.name) if s.name in names else None for s in record.stages]
+    trained_by = {lamina.stage: index for index, lamina in enumerate(record.laminae)}
+    return [trained_by.get(stage.name) for stage in record.stages]
 
 
 def _group(lamina: Lamina, trainers: list[str]) -> RankGroup:
-    config = lamina.config
+    config = readable(lamina.config)
     targets = config.get("target_modules")
     return RankGroup(
         begun_by=trainers[0] if trainers else None,
@@ -149,7 +150,7 @@ def _group(lamina: Lamina, trainers: list[str]) -> RankGroup:
         r=config.get("r"),
         lora_alpha=config.get("lora_alpha"),
         target_modules=targets if isinstance(targets, str) else sorted(targets or []),
-        scaling=tuple(sorted({scaling_in(config, *item) for item in lamina.ranks.items()})),
+        scaling=scalings(lamina.config, lamina.ranks),
         made_of=lamina.made_of,
         error=lamina.error,
     )

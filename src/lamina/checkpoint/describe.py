@@ -21,9 +21,10 @@ from lamina.checkpoint.shapes import (
     find_factors,
     group_by_kind,
     natural_order,
-    scaling_in,
+    scalings,
 )
 from lamina.config import PeftConfig
+from lamina.config.readable import readable
 from lamina.errors import ConfigError
 from lamina.storage.source import PathOrId, find_adapter
 
@@ -130,7 +131,7 @@ def describe_adapter(
         modules=tuple(
             _kind(name, members, chain.groups) for name, members in group_by_kind(factors).items()
         ),
-        scaling=tuple(sorted({scaling_in(config, each.module, each.rank) for each in factors})),
+        scaling=scalings(config, {each.module: each.rank for each in factors}),
         suspects=suspects,
         faults=tuple(faults),
     )
@@ -144,15 +145,17 @@ def _dtypes(header: Header) -> dict[str, int]:
 
 
 def _base(config: Mapping[str, Any], record: StageRecord | None) -> Base:
+    told = readable(config)
+    model_class = (told.get("auto_mapping") or {}).get("base_model_class")
     known = Base(
-        name_or_path=config.get("base_model_name_or_path"),
-        revision=config.get("revision"),
-        model_class=(config.get("auto_mapping") or {}).get("base_model_class"),
+        name_or_path=told.get("base_model_name_or_path"),
+        revision=told.get("revision"),
+        model_class=model_class if isinstance(model_class, str) else None,
     )
     if record is None:
         return known
-    told = record.newest.base
-    return known.model_copy(update={k: v for k, v in told if v is not None})
+    recorded = record.newest.base
+    return known.model_copy(update={k: v for k, v in recorded if v is not None})
 
 
 def _kind(name: str, members: Sequence[FactorShapes], groups: Sequence[RankGroup]) -> ModuleKind:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lamina.checkpoint.record import Base, Lamina, Stage, StageRecord, read_record
 from lamina.config import LoraConfig
-from lamina.errors import RecordError
+from lamina.errors import CheckpointError, RecordError
 
 PREFIX = "base_model.model."
 UNKNOWN = "imported"
@@ -48,12 +48,26 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def ranks_in(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Plain module name -> rank, from the shapes of a file's tensors by their names."""
-    ranks = {}
+    """Plain module name -> rank, from the shapes of a file's tensors by their names.
+
+    Modules that all ranks were taken away from are left out.
+
+    Raises:
+        CheckpointError: a factor has no dimension for its rank and one for features.
+    """
+    ranks, faults = {}, []
     for key, shape in shapes.items():
         module, leaf = split_key(key)
-        if leaf in A_LEAVES:
+        if leaf in (*A_LEAVES, *B_LEAVES) and len(shape) < 2:
+            faults.append(f"{key} has the shape {list(shape)}")
+        elif leaf in A_LEAVES and shape[0]:
             ranks[module] = int(shape[0])
+    if faults:
+        raise CheckpointError(
+            f"{len(faults)} tensor(s) are named like factors, and are none.",
+            faults=faults[:8],
+            cure="save or download the adapter again",
+        )
     return ranks
 
 

@@ -7,7 +7,7 @@ leaves a plain adapter that computes the same.
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Any, Literal
 
 from pydantic import (
@@ -22,9 +22,15 @@ from pydantic import (
 )
 
 from lamina.errors import RecordError
+from lamina.storage.untrusted import parse_json
 
 KEY = "lamina"
 FORMAT_VERSION = 1
+
+# A chain is walked stage by stage, and shown as a tree.
+_MOST_STAGES = 1_000
+_LONGEST_NAME = 200
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Mode = Literal["fresh", "continue", "stack", "merge"]
 
@@ -258,8 +264,14 @@ class StageRecord(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> StageRecord:
         names = [stage.name for stage in self.stages]
+        if self.format_version < 1:
+            raise ValueError("versions of the format are counted from 1")
         if not names:
             raise ValueError("a chain has at least one stage")
+        if max(len(names), len(self.laminae)) > _MOST_STAGES:
+            raise ValueError(f"a chain has at most {_MOST_STAGES:,} stages")
+        if wrong := [name for name in names if name_fault(name)]:
+            raise ValueError(f"the stage {wrong[0][:80]!r} {name_fault(wrong[0])}")
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name")
         pointers = [
@@ -284,6 +296,13 @@ class StageRecord(_Part):
         return {KEY: self.model_dump_json(exclude_defaults=False)}
 
 
+def name_fault(name: str) -> str | None:
+    """What keeps a name from being a stage's: it becomes an adapter's, and a folder's."""
+    if not name or "." in name or name.startswith("/") or _CONTROL.search(name):
+        return "has a name that can't be an adapter's or a folder's: no dots, no control characters"
+    return None if len(name) <= _LONGEST_NAME else f"has a name of {len(name):,} characters"
+
+
 def read_record(metadata: dict[str, str], *, source: str = "this file") -> StageRecord | None:
     """The record in a safetensors header; None if there is none.
 
@@ -294,8 +313,8 @@ def read_record(metadata: dict[str, str], *, source: str = "this file") -> Stage
     if text is None:
         return None
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise RecordError(f"The stage record of {source} is not JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -305,11 +324,12 @@ def read_record(metadata: dict[str, str], *, source: str = "this file") -> Stage
             cure="pip install --upgrade lamina; the weights themselves open in any PEFT reader",
         )
     try:
-        return StageRecord.model_validate(values)
+        # Strict: a rank is no text of digits, and a version no fraction.
+        return StageRecord.model_validate_json(text, strict=True)
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'record'}: {fault['msg']}"
-            for fault in error.errors()
+            for fault in error.errors(include_url=False, include_input=False)
         ]
         raise RecordError(
             f"The stage record of {source} is damaged.",

@@ -9,6 +9,10 @@ from typing import Any
 
 from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, split_key
 from lamina.config.patterns import first_match
+from lamina.config.readable import numbers_hold
+
+# No layer has a number as long.
+_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,40 @@ def find_factors(header: Mapping[str, Mapping[str, Any]]) -> tuple[list[FactorSh
             faults.append(f"{module} has no {'AB'.strip(''.join(keys))}")
             continue
         shapes = [tuple(header[keys[side]]["shape"]) for side in "AB"]
-        if min(map(len, shapes)) < 2:
-            faults.append(f"{module} has factors of the shapes {shapes}")
+        if shapes[0][:1] == (0,) and shapes[1][1:2] == (0,):
+            # All ranks were taken away.
+            continue
+        if not fit_together(*shapes):
+            faults.append(f"{module} has factors of the shapes {shapes[0]} and {shapes[1]}")
             continue
         found.append(FactorShapes(module, (keys["A"], keys["B"]), shapes[0], shapes[1]))
     return found, faults
+
+
+def fit_together(shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> bool:
+    """Whether the ranks of A are those of B, or those of one of its groups times their number."""
+    if min(len(shape_A), len(shape_B)) < 2:
+        return False
+    return shape_A[0] > 0 and shape_B[1] > 0 and shape_A[0] % shape_B[1] == 0
+
+
+def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[float, ...]:
+    """The different scalings of modules; none if the config's numbers aren't to be relied on.
+
+    Args:
+        config: the values of a config, unchecked.
+        ranks: plain module name -> its rank.
+    """
+    if not numbers_hold(config):
+        return ()
+    return tuple(sorted({scaling_in(config, *item) for item in ranks.items()}))
 
 
 def scaling_in(config: Mapping[str, Any], module: str, rank: int) -> float:
     """`alpha / r` of a module by its config's patterns, or `alpha / sqrt(r)` with rsLoRA."""
     if config.get("peft_type") == "ADALORA":
         # Ranks that were taken away leave the scaling as it was.
-        return float(config["lora_alpha"]) / float(config["init_r"])
+        return float(config.get("lora_alpha", 8)) / float(config.get("init_r", 12))
     module = module.replace(".base_layer", "")
     alpha = first_match(
         config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or 8)
@@ -105,4 +131,7 @@ def group_by_kind(factors: Iterable[FactorShapes]) -> dict[str, list[FactorShape
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A key to sort names by, in which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < _DIGITS else (-1, part)
+        for part in name.split(".")
+    ]

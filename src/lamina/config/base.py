@@ -115,13 +115,15 @@ class PeftConfig:
             UnsupportedFieldError: a field is not known, or asks for what is not supported.
             ConfigError: the adapter is not LoRA, or the values contradict each other.
         """
-        kind = str(PeftType(values["peft_type"]).value) if _known(values) else None
-        if values.get("peft_type") is not None and kind not in cls._kinds:
+        told = values.get("peft_type")
+        # A member is a string too, the value of its own.
+        kind = str(told.value if isinstance(told, PeftType) else told)
+        if told is not None and kind not in cls._kinds:
             raise ConfigError(
                 f"{source} is of type {values['peft_type']!r}; Lamina adapts models by LoRA only.",
                 cure="open it with a library that has this method, or train a LoRA adapter",
             )
-        config_class = cls._kinds[kind or PeftType.LORA.value]
+        config_class = cls._kinds[PeftType.LORA.value if told is None else kind]
         names = {f.name for f in dataclasses.fields(config_class)}
         strange = [n for n, value in values.items() if n not in names and not is_off(value)]
         if strange:
@@ -171,10 +173,6 @@ class PeftConfig:
 
 
 _HUB_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
-
-
-def _known(values: dict[str, Any]) -> bool:
-    return values.get("peft_type") in {*PeftType, *(kind.value for kind in PeftType)}
 
 
 def _strange(name: str, value: object, known: set[str]) -> str:

@@ -12,6 +12,8 @@ _SETTINGS: dict[str, tuple[str, type[methods.MethodConfig]]] = {
     "eva": ("eva_config", methods.EvaConfig),
     "corda": ("corda_config", methods.CordaConfig),
 }
+# Each quantises and factorises every layer, also where a file is loaded.
+_MOST_ITERATIONS = 100
 _NAMES = {"eva": "EVA", "corda": "CorDA"}
 
 
@@ -19,7 +21,14 @@ def faults_of_beginnings(config: Any) -> list[str]:
     """Settings that an initialisation can't do without."""
     if _init(config) == "loftq" and not config.loftq_config:
         return ["`loftq_config` must be specified when `init_lora_weights` is 'loftq'."]
+    iterations = config.loftq_config.get("loftq_iter") if _is_dict(config.loftq_config) else None
+    if isinstance(iterations, int) and iterations > _MOST_ITERATIONS:
+        return [f"loftq_config: loftq_iter={iterations!r}, more than {_MOST_ITERATIONS}"]
     return []
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def settle_beginnings(config: Any) -> None:

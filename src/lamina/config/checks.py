@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from lamina.config.expressions import is_plain, why_not
 from lamina.config.patterns import in_layers, whole
 
+# Ranks are sizes of tensors, which are counted in 64 bits.
+_LARGEST_RANK = 2**24
+_LARGEST_INDEX = 2**31
 # In one table; names of modules aren't counted.
 _MOST_EXPRESSIONS = 2_000
 # Fields that make an adapter another variant of LoRA.
@@ -30,9 +33,11 @@ def faults_of_numbers(config: Any) -> list[str]:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
             faults.append(f"{name}={rank!r}: a rank is a positive integer")
+        elif rank > _LARGEST_RANK:
+            faults.append(f"{name}={rank!r}: no layer has room for more than {_LARGEST_RANK:,}")
     alphas = {f"alpha_pattern[{k!r}]": v for k, v in _items(config.alpha_pattern)}
     for name, alpha in {"lora_alpha": config.lora_alpha, **alphas}.items():
-        if not _is_number(alpha) or alpha == 0 or not math.isfinite(alpha):
+        if not _is_number(alpha) or alpha == 0:
             faults.append(f"{name}={alpha!r}: a number other than 0 (0 would switch LoRA off)")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
         faults.append(f"lora_dropout={config.lora_dropout!r}: a probability from 0 to below 1")
@@ -162,11 +167,14 @@ def _items(pattern: Any) -> list[tuple[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a finite number; a whole one may be too large to be one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_INDEX
 
 
 def _is_names(value: object) -> bool:
@@ -178,7 +186,8 @@ def _is_names(value: object) -> bool:
 def _is_indices(value: object) -> bool:
     indices = value if isinstance(value, (list, tuple)) else [value]
     return value is None or all(
-        isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices
+        isinstance(index, int) and not isinstance(index, bool) and 0 <= index < _LARGEST_INDEX
+        for index in indices
     )
 
 

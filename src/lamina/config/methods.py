@@ -5,7 +5,7 @@ Names and defaults are those of Hugging Face PEFT.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class MethodConfig:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high or math.isinf(value):
+            if not number or not low <= value <= high or abs(value) > sys.float_info.max:
                 lines.append(_limit(name, value, low, high))
         return lines
 

@@ -14,6 +14,8 @@ from lamina.config import LoraConfig
 from lamina.engine.state import AdapterState
 from lamina.errors import TargetError
 
+# Each copy has modules of its own, whoever asks for a million.
+_MOST_LAYERS = 4_096
 # Where decoders and encoders keep their layers, inside `model` and `bert`: Llama, BERT, Falcon.
 _HOMES = ("layers", "encoder.layer", "h")
 
@@ -68,6 +70,12 @@ def replicate(model: nn.Module, config: LoraConfig, state: AdapterState) -> Repl
         raise TargetError(
             f"layer_replication names layers that are not there: {wrong}.",
             cure=f"use pairs (start, end) with 0 <= start < end <= {len(layers)}",
+        )
+    count = sum(end - start for start, end in ranges)
+    if count > _MOST_LAYERS:
+        raise TargetError(
+            f"layer_replication makes {count:,} layers of {len(layers)}.",
+            cure=f"repeat fewer: at most {_MOST_LAYERS:,} layers",
         )
     chosen = [index for start, end in ranges for index in range(start, end)]
     settings_of = getattr(holder, "config", None) or getattr(model, "config", None)

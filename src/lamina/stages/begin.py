@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from lamina.checkpoint.adapter import read_adapter
-from lamina.checkpoint.record import Base, Lamina, Mode
+from lamina.checkpoint.record import Base, Lamina, Mode, name_fault
 from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
 from lamina.engine.layers import lora_layers
@@ -245,6 +245,9 @@ def _where_faults(where: dict[str, Any], parent: object) -> list[str]:
 def _name_faults(name: object) -> list[str]:
     if not isinstance(name, str):
         return [f"name={name!r} is not a string"]
+    fault = name_fault(name)
+    if fault:
+        return [f"name={name!r} can't be used: it {fault}"]
     try:
         AdapterState().check_new_name(name)
     except AdapterNameError as error:

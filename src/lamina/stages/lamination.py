@@ -20,6 +20,7 @@ from lamina.checkpoint.origin import (
     split_key,
 )
 from lamina.checkpoint.record import Lamina, StageRecord
+from lamina.checkpoint.shapes import fit_together
 from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig, numbers
 from lamina.engine.compose import Factors, concatenate, separate
 from lamina.engine.layers import LayerAdapter
@@ -173,11 +174,14 @@ def _wholes(
         if a is None or b is None:
             halves.append(f"{module} has no {'A' if a is None else 'B'}")
             continue
+        if not fit_together(tuple(a.shape), tuple(b.shape)):
+            halves.append(f"{module} has factors of the shapes {[*a.shape]} and {[*b.shape]}")
+            continue
         scaling = scaling_of(file.config, module)
         wholes[module] = Factors(a, b, scaling, leaves.get("lora_B.bias"))
     if halves:
         raise CheckpointError(
-            f"{file.source} lacks a factor in {len(halves)} module(s).",
+            f"{file.source} lacks a factor, or has others, in {len(halves)} module(s).",
             faults=halves[:8],
             cure="save or download the adapter again; the file is incomplete",
         )

@@ -10,7 +10,8 @@ from lamina.engine.init.base import Begun
 from lamina.engine.init.matrices import matrix, put
 from lamina.engine.init.standard import kaiming
 
-NAMES = r"pissa(_niter_\d+)?"
+# A hundred iterations are more than enough; a name from a file might ask for a million.
+NAMES = r"pissa(_niter_\d{1,3})?"
 
 
 def pissa(layer: Begun, adapter: str) -> None:
