@@ -24,6 +24,7 @@ from lamina.checkpoint.record import read_record
 from lamina.checkpoint.weights import WeightsOnDisk
 from lamina.errors import CheckpointError, ExportError
 from lamina.stages.exported import compare_with_base
+from lamina.stages.flatten import flatten
 from lamina.storage.atomic import atomic_directory
 from lamina.storage.destination import check_destination
 
@@ -208,8 +209,6 @@ def _compressed(
     if rank is None or contents.rank <= rank:
         yield path, None
         return
-    from lamina.stages.flatten import flatten
-
     with tempfile.TemporaryDirectory() as folder:
         report = flatten(path, Path(folder) / "flat", rank=rank, **where)
         yield Path(folder) / "flat", report.relative_error
