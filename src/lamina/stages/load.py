@@ -16,6 +16,7 @@ from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.likeness import base_likeness, tell, updates_in_file
 from lamina.stages.tokenizers import tokenizer_faults, tokenizer_remarks, with_tokenizer
+from lamina.stages.verify import contents_of, examine
 
 
 def load(
@@ -24,6 +25,7 @@ def load(
     *,
     allow_base_mismatch: bool = False,
     tokenizer: Any = None,
+    verify: bool = False,
     **options: Any,
 ) -> PeftModel:
     """The base with the whole chain of a stage over it, frozen, in eval mode.
@@ -34,6 +36,7 @@ def load(
         allow_base_mismatch: go on although the base's weights, or the tokenizer, are not those on
             record. The same base in another folder, or in another dtype, is no mismatch.
         tokenizer: the one that it is to be used with, compared with the one on record.
+        verify: replay what the model answered when the stage was saved, see `lamina.verify`.
         options: hub options of the adapter; all else goes to the base's `from_pretrained`
             (`dtype`, `device_map` ...) when it is loaded here.
 
@@ -44,6 +47,7 @@ def load(
         StageError: the base is not the one that the stage was trained on, or options are given
             for a base that is loaded already.
         CheckpointError: files are missing or broken.
+        VerificationError: it doesn't answer as when it was saved; why is in the message.
 
     Warns:
         MismatchWarning: the base is the recorded one but for its head or what a quantiser rounds
@@ -66,7 +70,12 @@ def load(
         if not allow_base_mismatch:
             _check_base(record, whole_base, file, tokenizer)
         kind = PeftModel.for_task(file.config.task_type)
-        return loading.over(kind, whole_base, file, loading.How(), name).eval()
+        model = loading.over(kind, whole_base, file, loading.How(), name).eval()
+    if verify:
+        # The base has been looked at.
+        told = examine(contents_of(file), model, name, tokenizer=tokenizer, base=False)
+        told.raise_if_failed()
+    return model
 
 
 def _refuse_options(options: dict[str, Any]) -> None:

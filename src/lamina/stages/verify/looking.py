@@ -124,14 +124,12 @@ def look_at_base(findings: Findings, contents: Contents, base: nn.Module) -> Non
     findings.blame(
         Cause(
             "base already merged" if merged else "another base",
-            _plainly(faults[0]),
+            likeness.sentence
+            if likeness is not None and not likeness.ok
+            else f"this is another base: {faults[0]}",
             f"give the base that the stage was trained on: --base {recorded.name_or_path or 'DIR'}",
         )
     )
-
-
-def _plainly(fault: str) -> str:
-    return fault if fault.startswith("this") else f"this is another base: {fault}"
 
 
 def _some(names: tuple[str, ...]) -> str:
