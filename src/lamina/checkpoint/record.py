@@ -60,6 +60,7 @@ class Sketch(_Part):
         offsets: where in its window the smallest value is, a byte each, in base64.
         dtype: what most of the dense weights had when they were sampled; "float16" if any had it.
         quantization: the quantiser they were read through, as in `Base`; None if they were dense.
+        whole: whether these are all tensors of the model; files may have some in other forms.
     """
 
     version: int = 1
@@ -69,6 +70,7 @@ class Sketch(_Part):
     offsets: str
     dtype: str | None = None
     quantization: str | None = None
+    whole: bool = True
 
     @model_validator(mode="after")
     def _can_be_read(self) -> Sketch:

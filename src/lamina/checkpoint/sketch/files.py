@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lamina.checkpoint.header import data_start, read_header
+from lamina.checkpoint.sketch.layout import names_as_loaded
 from lamina.checkpoint.sketch.sampling import Tensor, sketch
 from lamina.errors import CheckpointError, MissingFileError
 from lamina.storage.shards import shard_names
@@ -31,11 +32,14 @@ _NEAR = 256
 def sketch_files(directory: str | Path) -> Sketch:
     """What the weights in a model's directory look like, without loading them.
 
+    Their names are those that they have in the model, as far as its class can be built.
+
     Raises:
         MissingFileError: it has no safetensors files.
         CheckpointError: they can't be read.
     """
-    return sketch(FileWeights(directory))
+    weights = FileWeights(directory)
+    return sketch(weights.as_loaded() or weights)
 
 
 class FileWeights:
@@ -66,8 +70,17 @@ class FileWeights:
             header, _ = read_header(file)
             start = data_start(file)
             stored.update({name: (file, start, entry) for name, entry in header.items()})
+        self._renamed = renamed is not None
         names = {name: name for name in stored} if renamed is None else renamed(stored)
         self._stored = {names[name]: where for name, where in stored.items() if name in names}
+
+    def as_loaded(self) -> FileWeights | None:
+        """The same by the names in the model; None if they are, or can't be known."""
+        if self._renamed:
+            return None
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        names = names_as_loaded(self.directory, shapes)
+        return None if names is None else FileWeights(self.directory, lambda _: names)
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:

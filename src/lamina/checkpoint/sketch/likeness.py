@@ -84,13 +84,11 @@ def compare(
     if recorded.version != VERSION:
         said = f"can't be compared with {base}: a newer Lamina made its sketch"
         return Likeness("unknown", f"{this} {said}")
-    found = match(
-        samples(recorded),
-        weights,
-        halved=recorded.dtype == "float16",
-        replaced=over.replaced,
-        rows=over.rows,
-    )
+    found = _match(recorded, weights, over)
+    if not weights.whole and (found.differing or found.reshaped or found.lost):
+        # Only now is it worth to find out what transformers would do with these files.
+        loaded = weights.as_loaded()
+        found = found if loaded is None else _match(recorded, loaded, over)
     storage = recorded.quantization or "dense", weights.quantization or "dense"
     if storage[0] == storage[1] and (correlation(found.quantised) or 0.0) > _SAME_CODES:
         found.same += found.near
@@ -105,6 +103,17 @@ def compare(
     )
 
 
+def _match(recorded: Sketch, weights: Weights, over: Over) -> Findings:
+    return match(
+        samples(recorded),
+        weights,
+        halved=recorded.dtype == "float16",
+        whole=recorded.whole,
+        replaced=over.replaced,
+        rows=over.rows,
+    )
+
+
 def _verdict(
     found: Findings, base: str, over: Over, storage: tuple[str, str]
 ) -> tuple[Verdict, str]:
@@ -114,6 +123,8 @@ def _verdict(
     if found.differing or found.reshaped:
         return "other", words.other(found, base)
     if not found.compared and not found.hidden:
+        if found.lost:
+            return "unknown", f"can't be compared with {base}: its files name all weights otherwise"
         return "other", f"has no weight that {base} has by name and shape"
     verdict: Verdict = "same" if found.compared else "unknown"
     notes = []

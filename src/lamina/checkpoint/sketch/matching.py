@@ -53,6 +53,7 @@ class Findings:
         hidden: with values that can't be looked at, here or there.
         missing: not here, nor under another name.
         extra: here, and not on record.
+        lost: not here, where files may have them under another name or in another form.
         rows: with another number of rows and the same values in those it shares: there, here.
         reshaped: with another shape altogether.
         quantised: values of tensors that are quantised here or there.
@@ -66,6 +67,7 @@ class Findings:
     hidden: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     reshaped: list[str] = field(default_factory=list)
     quantised: dict[str, Pair] = field(default_factory=dict)
@@ -82,6 +84,7 @@ def match(
     weights: Weights,
     *,
     halved: bool,
+    whole: bool,
     replaced: Collection[str] = (),
     rows: Mapping[str, Collection[int]] | None = None,
 ) -> Findings:
@@ -91,6 +94,7 @@ def match(
         recorded: what a sketch holds.
         weights: what is at hand.
         halved: whether the recorded values may have been rounded to float16.
+        whole: whether the recorded tensors are all that the base has.
         replaced: modules, or tensors, whose values the adapter brings itself.
         rows: tensor -> rows that the adapter brings itself.
     """
@@ -119,7 +123,8 @@ def match(
     known = {*names.values(), *(n for n in tensors if _within(n, replaced))}
     found.extra = [name for name in tensors if name not in known]
     _resolve_ties(found, samples, weights)
-    if not weights.whole:
+    if not (whole and weights.whole):
+        found.lost = found.missing
         found.missing, found.extra = [], []
     return found
 

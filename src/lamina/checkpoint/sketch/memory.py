@@ -54,6 +54,9 @@ class ModelWeights:
             else:
                 self.aliases[name] = known
 
+    def as_loaded(self) -> None:
+        """They have the names of the model."""
+
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Plain name -> tensor; what is tied, once, under the first of its names."""
@@ -76,9 +79,9 @@ class ModelWeights:
             # A view of what isn't contiguous can't be flattened without a copy of all of it.
             index = tuple(
                 torch.from_numpy(each).to(values.device)
-                for each in np.unravel_index(positions, tuple(values.shape))
+                for each in np.unravel_index(positions, tuple(values.shape) or (1,))
             )
-            found[name] = values[index].float()
+            found[name] = (values if values.dim() else values[None])[index].float()
         return _on_cpu(found)
 
 

@@ -64,6 +64,9 @@ class Weights(Protocol):
     def whole(self) -> bool:
         """Whether these are all of its weights, by their names in the model."""
 
+    def as_loaded(self) -> Weights | None:
+        """The same by the names that they have in the model, if these may be others."""
+
     @property
     def quantization(self) -> str | None:
         """The quantiser, as a record names it; None if all is dense."""
@@ -129,6 +132,7 @@ def sketch(weights: Weights) -> Sketch:
         offsets=_packed(offsets),
         dtype=_dtype_of(dense or [tensors[name] for name in names]),
         quantization=weights.quantization,
+        whole=weights.whole,
     )
 
 

@@ -15,7 +15,8 @@ def alike(found: Findings, base: str, notes: Collection[str]) -> str:
     if not found.compared:
         but = f", but {' and '.join(notes)}" if notes else ""
         return f"has the names and shapes of {base}{but}; no values of it can be looked at"
-    dark = f" ({len(found.hidden)} more can't be looked at)" if found.hidden else ""
+    unseen = len(found.hidden) + len(found.lost)
+    dark = f", as far as can be seen: {unseen} of its weights can't be" if unseen else ""
     if not notes:
         return f"has the weights of {base}{dark}"
     return f"is {base}, but {' and '.join(notes)}{dark}"
@@ -28,12 +29,14 @@ def other(found: Findings, base: str) -> str:
     what = " or ".join(
         word for word, names in (("values", found.differing), ("shapes", found.reshaped)) if names
     )
-    share = f"{len(strange)} of {total} weights have other {what}"
+    verb = "has" if len(strange) == 1 else "have"
+    share = f"{len(strange)} of {total} weights {verb} other {what}"
     if 2 * len(strange) < total:
         return f"is not quite {base}: {share} ({some(strange)})"
     if related(found):
-        likeness = correlation({**found.dense, **found.quantised})
-        return f"is a relative of {base}, and not it: {share} (correlation {likeness:.4f})"
+        likeness = correlation({**found.dense, **found.quantised}) or 0.0
+        alike = f"{likeness:.4f}" if likeness < 0.9999 else "above 0.9999"
+        return f"is a relative of {base}, and not it: {share} (correlation {alike})"
     return f"is another model than {base}: {share}"
 
 
