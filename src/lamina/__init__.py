@@ -17,16 +17,21 @@ from lamina.errors import (
     ConfigError,
     ConversionError,
     DirectoryInUseError,
+    ExportError,
     FoldError,
     InitialisationError,
     KeyMismatchError,
     LaminaError,
+    LaminaWarning,
+    MismatchWarning,
     MissingExtraError,
     MissingFileError,
     NoModelError,
     NotFoldableError,
     OptimizerError,
     PreflightError,
+    ProbeError,
+    ProbeWarning,
     RecordError,
     RoutingError,
     StageError,
@@ -34,6 +39,7 @@ from lamina.errors import (
     UnsupportedFieldError,
     UnsupportedMethodError,
     UnsupportedTargetError,
+    VerificationError,
 )
 
 if TYPE_CHECKING:
@@ -106,6 +112,7 @@ if TYPE_CHECKING:
         create_riemannian_optimizer,
     )
     from lamina.stages import (
+        VerifyReport,
         begin_stage,
         drop_last_stage,
         flatten,
@@ -114,6 +121,7 @@ if TYPE_CHECKING:
         rename_stage,
         save_stage,
         split,
+        verify,
     )
 
 __all__ = [
@@ -138,17 +146,20 @@ __all__ = [
     "CordaConfig",
     "DirectoryInUseError",
     "EvaConfig",
+    "ExportError",
     "FoldError",
     "InitialisationError",
     "KasaConfig",
     "KeyMismatchError",
     "LaminaError",
+    "LaminaWarning",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
     "MergeComparison",
+    "MismatchWarning",
     "MissingExtraError",
     "MissingFileError",
     "MontecloraConfig",
@@ -165,6 +176,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PreflightError",
+    "ProbeError",
+    "ProbeWarning",
     "RecordError",
     "RoutingError",
     "StageError",
@@ -174,6 +187,8 @@ __all__ = [
     "UnsupportedMethodError",
     "UnsupportedTargetError",
     "VeloraConfig",
+    "VerificationError",
+    "VerifyReport",
     "__version__",
     "begin_stage",
     "check_gradients",
@@ -208,6 +223,7 @@ __all__ = [
     "save_stage",
     "set_peft_model_state_dict",
     "split",
+    "verify",
 ]
 
 # Where a name lives that is neither an error nor of the facade.
@@ -250,6 +266,8 @@ _ELSEWHERE = {
         "rename_stage",
         "save_stage",
         "split",
+        "VerifyReport",
+        "verify",
     },
 }
 

@@ -1,4 +1,4 @@
-"""Stages: begin one on top of another, save it as one laminated adapter, load and list chains."""
+"""Stages: begin one on top of another, save it as one laminated adapter; load and verify it."""
 
 from lamina.stages.begin import begin_stage
 from lamina.stages.edit import drop_last_stage, rename_stage
@@ -7,8 +7,10 @@ from lamina.stages.lineage import lineage
 from lamina.stages.load import load
 from lamina.stages.save import save_stage
 from lamina.stages.split import split
+from lamina.stages.verify import VerifyReport, verify
 
 __all__ = [
+    "VerifyReport",
     "begin_stage",
     "drop_last_stage",
     "flatten",
@@ -17,4 +19,5 @@ __all__ = [
     "rename_stage",
     "save_stage",
     "split",
+    "verify",
 ]
