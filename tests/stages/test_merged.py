@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import (
 )
 
 from lamina import LoraConfig, get_peft_model, load
-from lamina.stages.merged import answers, save_merged
+from lamina.checkpoint.probe import Outputs, ask
+from lamina.errors import CheckpointError
+from lamina.stages.merged import save_merged
 from tests import adapters, models
 
 
@@ -54,22 +57,9 @@ def test_an_encoder_decoder_is_compared_too(tmp_path: Path) -> None:
     assert report.max_logit > 0
 
 
-def test_answers_are_the_same_each_time_and_in_fp32() -> None:
-    model = models.tiny_llama().bfloat16()
-    first, second = answers(model), answers(model)
-    assert first is not None
-    assert second is not None
-    assert first.dtype == torch.float32
-    assert first.shape == (1, 16, models.VOCABULARY)
-    assert torch.equal(first, second)
-
-
-def test_what_takes_no_tokens_is_not_compared() -> None:
-    assert answers(models.perceptron()) is None
-
-
-def test_a_model_that_cannot_be_opened_again_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_model_that_answers_otherwise_leaves_nothing(
+    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, _ = saved(
         models.tiny_llama(), tmp_path, target_modules=["q_proj"], task_type="CAUSAL_LM"
@@ -77,16 +67,18 @@ def test_a_model_that_cannot_be_opened_again_leaves_nothing(
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
-    calls = []
+    answers = []
 
-    def fail_the_second_time(model: Any) -> torch.Tensor:
-        calls.append(model)
-        if len(calls) == 2:
-            raise RuntimeError("the file is broken")
-        return torch.zeros(1)
+    def wrong_the_second_time(model: Any, tokens: Any = None) -> Outputs | None:
+        answers.append(ask(model, tokens))
+        assert answers[0] is not None
+        values = answers[0].values * len(answers)
+        return dataclasses.replace(answers[0], values=values)
 
-    monkeypatch.setattr("lamina.stages.merged.answers", fail_the_second_time)
-    with pytest.raises(RuntimeError, match="broken"):
-        save_merged(adapter, out, force=True)
+    monkeypatch.setattr("lamina.stages.merged_in_memory.ask", wrong_the_second_time)
+    monkeypatch.setattr("lamina.stages.merged_verify.ask", wrong_the_second_time)
+    with pytest.raises(CheckpointError, match="doesn't answer as base and adapter"):
+        save_merged(adapter, out, force=True, verify="model", streaming=streaming)
+    assert len(answers) == 2
     assert [file.name for file in out.iterdir()] == ["config.json"]
     assert (out / "config.json").read_text() == "old"

@@ -6,7 +6,7 @@ first weight is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -121,14 +121,29 @@ def _check_foldable(
     ]
     faults = [f"{path}: {reason}" for path, reason in reasons if reason]
     if faults:
-        more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-        raise NotFoldableError(
-            f"{len(faults)} of {len(work)} layers can't be folded into; nothing was changed.",
-            faults=[*faults[:_SHOWN], *more],
-            cure=(_EMPTY if any(fault.endswith(_ON_META) for fault in faults) else _CURE)
-            + (_UNTIE if tied else "")
-            + (_QUANTISED if any(layer.weight_view.quantised for _, layer, _ in work) else ""),
-        )
+        quantised = any(layer.weight_view.quantised for _, layer, _ in work)
+        raise not_foldable(faults, len(work), tied=bool(tied), quantised=quantised)
+
+
+def not_foldable(
+    faults: Sequence[str], count: int, *, tied: bool, quantised: bool = False
+) -> NotFoldableError:
+    """The error that says why layers can't be folded into.
+
+    Args:
+        faults: a line for each such layer.
+        count: how many layers were to be folded into.
+        tied: whether weights are tied.
+        quantised: whether weights are quantised.
+    """
+    more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    return NotFoldableError(
+        f"{len(faults)} of {count} layers can't be folded into; nothing was changed.",
+        faults=[*faults[:_SHOWN], *more],
+        cure=(_EMPTY if any(fault.endswith(_ON_META) for fault in faults) else _CURE)
+        + (_UNTIE if tied else "")
+        + (_QUANTISED if quantised else ""),
+    )
 
 
 def _why_empty(layer: LoraLayer, names: Iterable[str]) -> str | None:

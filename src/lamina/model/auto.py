@@ -105,12 +105,17 @@ class AutoPeftModel:
                 f"The config of {source} doesn't name its base model.",
                 cure="load the base yourself and pass it: lamina.load(path, base=base)",
             )
-        kind = cls._base_class(config)
+        kind = cls.base_class(config)
         cure = "give the base's directory or hub id: lamina.load(path, base=DIR), or --base DIR"
         return open_model(kind, name, cure=cure, revision=config.revision, **kwargs)
 
     @classmethod
-    def _base_class(cls, config: PeftConfig) -> Any:
+    def base_class(cls, config: PeftConfig) -> Any:
+        """What loads the base: a class of transformers, of one model or for a task.
+
+        Raises:
+            ConfigError: the config tells neither.
+        """
         if cls.auto_class is not None:
             return getattr(importlib.import_module("transformers"), cls.auto_class)
         mapping = config.auto_mapping or {}
@@ -125,7 +130,7 @@ class AutoPeftModel:
                 cure="load the base yourself and pass it, lamina.load(path, base=base), or use the "
                 "class for the task, e.g. AutoPeftModelForCausalLM",
             )
-        return found._base_class(config)
+        return found.base_class(config)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

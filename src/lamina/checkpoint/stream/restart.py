@@ -1,0 +1,139 @@
+"""The files of a merge that isn't finished, kept over a kill.
+
+They lie in a hidden directory beside the result, with a manifest: what the merge is of, and which
+files are finished. A file is noted as such only when it is on the disk. The same merge goes on
+from there; another one begins anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import CheckpointError
+from lamina.storage.carry import sync_file, sync_folder
+from lamina.storage.staging import held, remove_tree
+
+_MANIFEST = "lamina_merge.json"
+_DONE = "lamina_merge_done.txt"
+
+
+@dataclass
+class Unfinished:
+    """A merge in progress.
+
+    Attributes:
+        directory: where its files are.
+        sizes: file -> bytes, of those that are to come.
+        done: the files that are finished.
+        kept: how many of them were finished by a merge that was killed.
+    """
+
+    directory: Path
+    sizes: Mapping[str, int]
+    done: set[str] = field(default_factory=set)
+    kept: int = 0
+
+    def finish(self, name: str) -> None:
+        """Put a file on the disk, then note that it is there."""
+        sync_file(self.directory / name)
+        sync_folder((self.directory / name).parent)
+        with (self.directory / _DONE).open("a", encoding="utf-8") as noted:
+            noted.write(json.dumps(name) + "\n")
+            noted.flush()
+            os.fsync(noted.fileno())
+        self.done.add(name)
+
+    def hand_over(self, target: Path) -> None:
+        """Move the finished files into a directory that is about to be published."""
+        for name in self.sizes:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(self.directory / name, target / name)
+
+
+def place_of(target: Path) -> Path:
+    """Where a merge into `target` keeps what isn't finished."""
+    resolved = Path(os.path.realpath(target.expanduser()))
+    name = resolved.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return resolved.parent / f".{name}.merging"
+
+
+@contextmanager
+def unfinished(
+    target: Path,
+    identity: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    headers: Mapping[str, bytes],
+) -> Iterator[Unfinished]:
+    """The directory for a merge into `target`; removed at a clean end, else kept.
+
+    Args:
+        target: where the result will be.
+        identity: what the merge is of; of another one, nothing is kept.
+        sizes: file -> bytes.
+        headers: file -> its first bytes.
+
+    Raises:
+        CheckpointError: another process is at it.
+    """
+    directory = place_of(target)
+    directory.mkdir(parents=True, exist_ok=True)
+    with held(directory) as ours:
+        if ours is False:
+            raise CheckpointError(
+                f"Another process is merging into '{target}'.",
+                cure="wait for it, or merge to another directory",
+            )
+        place = Unfinished(directory, sizes, _finished(directory, identity, sizes, headers))
+        place.kept = len(place.done)
+        if not place.done:
+            _begin(directory, identity)
+        yield place
+        remove_tree(directory)
+
+
+def _begin(directory: Path, identity: Mapping[str, Any]) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+        else:
+            entry.unlink()
+    (directory / _MANIFEST).write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
+    sync_file(directory / _MANIFEST)
+    sync_folder(directory)
+
+
+def _finished(
+    directory: Path,
+    identity: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    headers: Mapping[str, bytes],
+) -> set[str]:
+    """The files of this very merge that are finished, as far as they look it."""
+    with suppress(OSError, ValueError):
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest != json.loads(json.dumps(identity)):
+            return set()
+        lines = (directory / _DONE).read_text(encoding="utf-8").splitlines()
+        return {
+            name
+            for name in sizes
+            if json.dumps(name) in lines and _looks_it(directory / name, sizes[name], headers[name])
+        }
+    return set()
+
+
+def _looks_it(path: Path, size: int, header: bytes) -> bool:
+    try:
+        with path.open("rb") as opened:
+            return path.stat().st_size == size and opened.read(len(header)) == header
+    except OSError:
+        return False
