@@ -233,5 +233,22 @@ def test_a_really_full_disk(tmp_path: Path, mount) -> None:  # type: ignore[no-u
 
 def test_a_read_only_disk_is_refused_at_once(tmp_path: Path, mount) -> None:  # type: ignore[no-untyped-def]
     disk = mount(tmp_path / "disk", "-t", "tmpfs", "-o", "ro", "none")
-    with pytest.raises(CheckpointError, match="Can't write to"):
+    with pytest.raises(CheckpointError, match=r"Can't write to .* mounted read-only"):
         save(disk / "run", "new")
+
+
+def test_a_swap_that_is_not_durable_is_undone(
+    run: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = run.stat().st_ino
+    monkeypatch.setattr(atomic, "sync_folder", full)
+    with pytest.raises(CheckpointError, match="what was there before is untouched"):
+        save(run, "new")
+    assert tree(run) == {WEIGHTS: "old", CONFIG: "old", **KEPT}
+    assert run.stat().st_ino == before
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(run.with_name("fresh"), "new")
+    assert os.listdir(run.parent) == ["chat"]

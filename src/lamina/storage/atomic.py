@@ -24,7 +24,7 @@ from lamina.storage.carry import (
     sync_folders,
     take_mode,
 )
-from lamina.storage.disk import disk_faults_reported, reported
+from lamina.storage.disk import disk_faults_reported, is_read_only, reported
 from lamina.storage.exchange import PinnedError, swap_in
 from lamina.storage.inplace import replace_in_place
 from lamina.storage.mounts import mounts_within
@@ -85,7 +85,7 @@ def atomic_directory(
     with ExitStack() as stack:
         with reported(target):
             check_writable(target)
-            made = stack.enter_context(_parents(target))
+            stack.enter_context(_parents(target))
             with turn(target):
                 sweep(target)
                 staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
@@ -97,8 +97,6 @@ def atomic_directory(
             # Another save may have died since this one began.
             recover(target)
             _publish(staging, target, owned)
-            for folder in made:
-                sync_folder(folder.parent)
 
 
 def recover(path: str | os.PathLike[str]) -> bool:
@@ -163,8 +161,7 @@ def _publish(staging: Path, target: Path, owned: Owned) -> None:
                 carry(target, staging, written, is_owned)
                 take_mode(target, staging)
             sync_folders(staging)
-            old = swap_in(staging, target)
-            sync_folder(target.parent)
+            old = _swap_for_good(staging, target)
             if old is not None:
                 # What others added to the old directory while its entries were carried over.
                 with suppress(OSError):
@@ -172,6 +169,20 @@ def _publish(staging: Path, target: Path, owned: Owned) -> None:
                 remove_tree(old)
     except PinnedError:
         replace_in_place(staging, target, written, is_owned)
+
+
+def _swap_for_good(staging: Path, target: Path) -> Path | None:
+    """Swap the new directory in, durably or not at all; returns where the old one lies now."""
+    old = swap_in(staging, target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        if old is None:
+            os.rename(target, staging)
+        else:
+            remove_tree(swap_in(old, target) or staging)
+        raise
+    return old
 
 
 def _let_read(file: Path, mode: int) -> None:
@@ -203,6 +214,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             f"Can't make '{target}': '{ground}' is a file.", cure="save to another directory"
         )
     if not os.access(ground, os.W_OK | os.X_OK):
+        if is_read_only(ground):
+            raise CheckpointError(
+                f"Can't write to '{ground}', so not to '{target}' either: the filesystem is "
+                "mounted read-only.",
+                cure="save to another directory",
+            )
         raise CheckpointError(
             f"Can't write to '{ground}', so not to '{target}' either: permission denied.",
             cure=f"save to another directory, or chmod u+w '{ground}'",
@@ -210,7 +227,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _parents(target: Path) -> Iterator[list[Path]]:
+def _parents(target: Path) -> Iterator[None]:
     """Make what is missing above the target, and take it away again if nothing comes of it."""
     made: list[Path] = []
     folder = target.parent
@@ -219,7 +236,9 @@ def _parents(target: Path) -> Iterator[list[Path]]:
         folder = folder.parent
     try:
         os.makedirs(target.parent, exist_ok=True)
-        yield made
+        for folder in made:
+            sync_folder(folder.parent)
+        yield
     except BaseException:
         for folder in made:
             with suppress(OSError):

@@ -41,6 +41,14 @@ def disk_faults_reported(target: Path) -> Iterator[None]:
         raise
 
 
+def is_read_only(folder: Path) -> bool:
+    """Whether the filesystem that `folder` is on takes no changes, as far as the system tells."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):
+        return False
+
+
 def _raise_for_disk(error: Exception, target: Path) -> None:
     number = _system_number(error)
     if number not in _FULL | _BROKEN:
