@@ -61,6 +61,7 @@ def _check_base(file: AdapterFile, record: StageRecord, base: nn.Module) -> None
 def adapted(base: nn.Module, file: AdapterFile) -> Iterator[tuple[PeftModel, str]]:
     """The base with an adapter over it, and the adapter's name; afterwards the base is itself."""
     training = {module: module.training for module in base.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in base.parameters()}
     with grown(base, file):
         kind = PeftModel.for_task(file.config.task_type)
         model = loading.over(kind, base, file, loading.How(), _NAME).eval()
@@ -70,6 +71,8 @@ def adapted(base: nn.Module, file: AdapterFile) -> Iterator[tuple[PeftModel, str
         model.unload()
         for module, flag in training.items():
             module.training = flag
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 def replay(

@@ -23,14 +23,16 @@ def check_destination(
         CheckpointError: it is one of the sources, or has files already.
     """
     place = Path(out).expanduser()
+    # As a save resolves it: `a/../b` is `b` even where there is no `a`.
+    real = Path(os.path.realpath(place))
     for source in sources:
-        folder = Path(source).expanduser()
-        if os.fspath(source) and folder.is_dir() and place.is_dir() and folder.samefile(place):
+        folder = Path(os.path.realpath(Path(source).expanduser()))
+        if os.fspath(source) and folder.is_dir() and real.is_dir() and folder.samefile(real):
             raise CheckpointError(
                 f"'{place}' is what is read from; it would be overwritten.",
                 cure="save to another directory",
             )
-    names = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+    names = sorted(entry.name for entry in real.iterdir()) if real.is_dir() else []
     if names and not force:
         raise CheckpointError(
             f"'{place}' is not empty.",
