@@ -6,7 +6,6 @@ import enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.padding import Padding
 from rich.text import Text
 
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
@@ -48,13 +47,11 @@ def doctor(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Look for everything that can be wrong with an adapter, with a cure for each finding.
+    """Look for everything that can be wrong with an adapter; each finding comes with its cure.
 
-    Without --base, all that its own files tell; with it, also whether names, shapes, vocabulary
-    and weights belong to that base. No weights of the base are loaded.
+    With --base it also checks whether names, shapes and weights belong to that base.
 
-    Exit code: 0 if there are only notes or nothing, 1 if there are warnings, 3 if there are
-    errors (2 is for bad usage, as in every verb).
+    Exit code: 0 if there are notes at most, 1 for warnings, 3 for errors; 2 is bad usage.
     """
     from lamina.checkpoint.doctor import examine
 
@@ -88,21 +85,21 @@ def _print(out: Console, found: Examination) -> None:
 
 
 def _print_finding(out: Console, finding: Finding) -> None:
-    head = (f"{finding.severity}: ", _STYLES[finding.severity])
-    out.print(Text.assemble(head, finding.what, (f"  [{finding.code}]", "dim")))
+    style = _STYLES[finding.severity]
+    out.print(Text.assemble((f"{finding.severity}: ", style), (finding.code, "bold")))
+    lines = [Text(finding.what)]
     if finding.where:
-        out.print(_indented(_where(finding.where)))
+        lines.append(Text(_where(finding.where), style="dim"))
     if finding.cure:
-        out.print(_indented(Text.assemble(("cure: ", "green"), finding.cure)))
+        lines.append(Text.assemble(("cure: ", "green"), finding.cure))
+    for line in lines:
+        for part in line.wrap(out, max(20, out.width - 2)):
+            out.print(Text.assemble("  ", part))
 
 
-def _where(names: tuple[str, ...]) -> Text:
+def _where(names: tuple[str, ...]) -> str:
     count = f"{len(names):,}: " if len(names) > 1 else ""
-    return Text(f"in {count}{some(names, 3)}", style="dim")
-
-
-def _indented(text: Text) -> Padding:
-    return Padding(text, (0, 0, 0, 2))
+    return f"in {count}{some(names, 3)}"
 
 
 def _summary(found: Examination) -> Text:

@@ -86,9 +86,10 @@ def _silent_patterns(model: nn.Module, settings: LoraConfig) -> Iterator[Finding
     except LaminaError as error:
         heads = ("modules_to_save: 'classifier'", "modules_to_save: 'score'")
         lines = tuple(f for f in error.faults if "matched 0 modules" in f or "no effect" in f)
-        lines = tuple(line for line in lines if not line.startswith(heads))
+        # Those that are there are adapted already, or left out by another field.
+        lines = tuple(n for n in lines if not n.startswith(heads) and "of that name" not in n)
         if lines:
-            what = f"{len(lines)} pattern(s) of the config match nothing in the base"
+            what = "Patterns of the config match nothing in the base"
             cure = "take them out of adapter_config.json, or give the base that it was trained on"
             yield Finding("warning", "pattern-matches-nothing", what, lines, cure)
 
@@ -109,15 +110,15 @@ def _unfit(found: Matching, tensors: Mapping[str, StoredTensor], base: str) -> I
             what = f"No tensor of the file has a place in {base}: the adapter would do nothing"
         yield Finding("error", "keys-match-nothing", what, tuple(found.unexpected_keys), cure)
     if found.missing_keys:
-        what = f"{len(found.missing_keys)} weight(s) that the config asks for in {base} are not in "
+        what = f"The config asks for weights in {base} that the file lacks"
         cure = "narrow target_modules to what was trained, or take the file that has all tensors"
-        yield Finding("error", "keys-missing", f"{what}the file", tuple(found.missing_keys), cure)
+        yield Finding("error", "keys-missing", what, tuple(found.missing_keys), cure)
     if found.mismatched:
         lines = tuple(
             f"{key}: {list(theirs)} in the file, {list(ours)} in the base"
             for key, theirs, ours in found.mismatched
         )
-        what = f"{len(lines)} tensor(s) have other shapes than {base} has room for"
+        what = f"The shapes of tensors don't fit {base}"
         cure = "give the base that it was trained on (same sizes), or correct r in the config"
         yield Finding("error", "shapes-dont-fit", what, lines, cure)
 
@@ -128,7 +129,7 @@ def _fit_names(base: BaseModel, contents: Contents) -> Iterator[Finding]:
     lost = [plain_module(each.module) for each in contents.factors]
     lost = [name for name in lost if name not in known and f"{name}.weight" not in known]
     if lost:
-        what = f"{len(lost)} adapted module(s) have no weights of their name in {base.name}"
+        what = f"{base.name} has no weights by the names of adapted modules"
         cure = (
             "fine if transformers gives the model other names than its files have; else give the "
         )
@@ -253,7 +254,7 @@ def copied_tables(
             same.append(stored)
     if same:
         size = sum(each.size for each in same) / 2**20
-        what = f"{len(same)} tensor(s) are the base's own, unchanged: {size:.1f} MiB for nothing"
+        what = f"Tensors are the base's own, unchanged: {size:.1f} MiB for nothing"
         cure = "take them out of modules_to_save, or save with Lamina, which leaves tables out"
         yield Finding("note", "base-weights-copied", what, tuple(e.key for e in same), cure)
 

@@ -100,16 +100,16 @@ def index_against_files(
     held = {each.key: each.file.name for each in tensors.values()}
     missing = tuple(sorted(named - entries.files.keys()))
     if missing:
-        what = f"{INDEX_NAME} names {len(missing)} file(s) that are not there"
+        what = f"{INDEX_NAME} names files that are not there"
         yield Finding("error", "shard-missing", what, missing, "copy or download them too")
     stray = tuple(n for n in entries.files if _SHARD.fullmatch(n) and n not in named)
     if stray:
-        what = f"{len(stray)} shard(s) are not named in {INDEX_NAME}: leftovers of another save"
+        what = f"Shards are not named in {INDEX_NAME}: leftovers of another save"
         yield Finding("warning", "shard-stray", what, stray, f"delete {', '.join(stray)}")
     wrong = tuple(k for k, name in table.items() if name not in missing and held.get(k) != name)
     wrong += tuple(key for key in held if key not in table)
     if wrong:
-        what = f"{INDEX_NAME} and the shards differ in where {len(wrong)} tensor(s) are"
+        what = f"{INDEX_NAME} and the shards differ in which file has which tensors"
         cure = "the files are of different saves; copy all of them from one"
         yield Finding("error", "index-contradicts", what, wrong, cure)
 
@@ -125,12 +125,12 @@ def unreadable_files(directory: Path, entries: Entries) -> Iterator[Finding]:
     names = [name for name in entries.files if name.startswith("adapter_")]
     broken = tuple(name for name in names if entries.files[name] < 0)
     if broken:
-        what = f"{len(broken)} link(s) lead to files that are not there"
+        what = "Links lead to files that are not there"
         cure = f"copy the files themselves: cp -rL '{directory}' NEW, where they are"
         yield Finding("error", "link-broken", what, broken, cure)
     empty = tuple(name for name in names if entries.files[name] == 0)
     if empty:
-        what = f"{len(empty)} file(s) are empty: a copy or a save was cut off"
+        what = "Files are empty: a copy or a save was cut off"
         yield Finding("error", "file-empty", what, empty, "copy, download or save them again")
 
 

@@ -44,7 +44,7 @@ def layout_findings(file: Path, tensors: Sequence[StoredTensor]) -> list[Finding
     apart = [b.key for a, b in pairwise(ordered) if a.end != b.begin]
     findings = []
     if wrong:
-        what = f"{file.name}: {len(wrong)} tensor(s) don't have the bytes of their shape and dtype"
+        what = f"{file.name}: tensors don't have the bytes of their shape and dtype"
         findings.append(Finding("error", "layout-broken", what, tuple(wrong), _AGAIN))
     elif apart or (ordered and ordered[0].begin != 0):
         what = f"{file.name}: tensors overlap or have gaps between them"

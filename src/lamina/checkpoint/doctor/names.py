@@ -12,7 +12,6 @@ from lamina.checkpoint.doctor.findings import Finding
 from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.export.contents import Contents
 from lamina.checkpoint.origin import PREFIX, WRAPPERS
-from lamina.checkpoint.shapes import FactorShapes
 
 _NESTED = PREFIX * 2
 _NAMED = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.[^.]+\.?(?:weight|bias)?$")
@@ -56,7 +55,7 @@ def no_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
         if not math.prod(each.shape) and (len(each.shape) < 2 or ".lora_" not in name)
     )
     if empty:
-        what = f"{len(empty)} tensor(s) have no entries: they were sharded away when it was saved"
+        what = "Tensors have no entries: they were sharded away when they were saved"
         cure = "gather the parameters before saving (save_stage and save_pretrained do)"
         yield Finding("error", "tensor-empty", what, empty, cure)
 
@@ -67,7 +66,7 @@ def other_tools(tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     for pattern, (tool, cure) in _OTHER_TOOLS.items():
         keys = tuple(e.key for e in tensors.values() if pattern.search(e.key))
         if keys:
-            what = f"{len(keys)} tensor(s) are named as by {tool}; PEFT's readers drop them"
+            what = f"Tensors have names by {tool}, which readers of PEFT's form drop"
             yield Finding("error", "names-of-another-tool", what, keys, cure)
             return
 
@@ -79,15 +78,15 @@ def wrapped_names(tensors: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     keys = [each.key for each in tensors.values()]
     wrapped = tuple(key for key in keys if WRAPPERS.search(key))
     if wrapped:
-        what = f"{len(wrapped)} name(s) have parts that torch's wrappers (compile, FSDP) put in"
+        what = "Names have parts that torch's wrappers (compile, FSDP) put in"
         yield Finding("warning", "names-wrapped", f"{what}; other readers drop them", wrapped, cure)
     named = tuple(key for key in keys if _NAMED.search(key) and not _UNNAMED.search(key))
     if named:
-        what = f"{len(named)} name(s) have an adapter's name in them; other readers drop them"
+        what = "Names have an adapter's name in them; other readers drop them"
         yield Finding("warning", "names-with-adapter", what, named, cure)
     nested = tuple(key for key in keys if _NESTED in key)
     if nested:
-        what = f"{len(nested)} name(s) are of an adapter over an adapted model (a PeftModel twice)"
+        what = "The adapter was laid over an adapted model (a PeftModel in a PeftModel)"
         cure = "open it with key_mapping={r'^base_model\\.model\\.base_model\\.model\\.': "
         cure += "'base_model.model.'}, and save it again"
         yield Finding("error", "names-nested", what, nested, cure)
@@ -99,7 +98,7 @@ def missing_prefix(tensors: Mapping[str, StoredTensor], contents: Contents) -> I
     factors = {key for each in contents.factors for key in each.keys}
     without = tuple(t.key for n, t in tensors.items() if n in factors and not n.startswith(PREFIX))
     if without:
-        what = f"{len(without)} name(s) don't begin with {PREFIX!r}; PEFT drops them in silence"
+        what = f"Names don't begin with {PREFIX!r}; PEFT drops such tensors in silence"
         cure = "PeftModel.from_pretrained(base, DIR).save_pretrained(NEW): Lamina reads them"
         yield Finding("warning", "prefix-missing", what, without, cure)
 
@@ -109,25 +108,14 @@ def halves(tensors: Mapping[str, StoredTensor], contents: Contents) -> Iterator[
     """A without B, and shapes that don't go together."""
     lines = tuple(line for line in contents.halves if " has no " in line)
     if lines:
-        what = f"{len(lines)} module(s) lack one of their factors"
+        what = "Of A and B, modules have only one"
         cure = "the save was cut off or edited; save or download it again"
         yield Finding("error", "factor-missing", what, lines, cure)
-    shapes = [line for line in contents.halves if " has no " not in line]
-    shapes += [_said(each) for each in contents.factors if not _together(each)]
+    shapes = tuple(line for line in contents.halves if " has no " not in line)
     if shapes:
-        what = f"A and B of {len(shapes)} module(s) don't have shapes that go together"
+        what = "The shapes of A and B don't go together"
         cure = "the tensors are of different saves; save or download it again"
-        yield Finding("error", "shapes-contradict", what, tuple(shapes), cure)
-
-
-def _together(factors: FactorShapes) -> bool:
-    # A grouped convolution's B has the ranks of one group only.
-    ranks = factors.shape_B[1]
-    return factors.rank % ranks == 0 if ranks else factors.rank == 0
-
-
-def _said(factors: FactorShapes) -> str:
-    return f"{factors.module}: A is {list(factors.shape_A)}, B is {list(factors.shape_B)}"
+        yield Finding("error", "shapes-contradict", what, shapes, cure)
 
 
 @check
@@ -144,7 +132,7 @@ def companions(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
         have = {name.removeprefix(PREFIX) for name in have}
         lacking = tuple(sorted({*owners} - have)) if asked else ()
         if lacking and leaf != "lora_B.bias":
-            what = f"{field} is on, but {len(lacking)} module(s) have no {leaf}"
+            what = f"{field} asks for {leaf}, which modules lack"
             cure = "without it the update isn't what was trained; save or download it again"
             yield Finding("error", "companion-missing", what, lacking, cure)
         elif lacking == tuple(sorted(owners)) and lacking:
@@ -152,7 +140,7 @@ def companions(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
             cure = f"set {field} to false in adapter_config.json, if it was trained without"
             yield Finding("error", "companion-missing", what, lacking, cure)
         if have and not asked:
-            what = f"{len(have)} module(s) have a {leaf}, which the config doesn't ask for"
+            what = f"There are {leaf}, which the config doesn't ask for"
             cure = f"correct {field} in adapter_config.json: readers that go by it drop the tensors"
             yield Finding("error", "companion-unasked", what, tuple(sorted(have)), cure)
 
@@ -173,7 +161,7 @@ def unexplained(
         tensors, (name for o, names in strange.items() if o not in tables for name in names)
     )
     if keys:
-        what = f"{len(keys)} tensor(s) belong to no adapted module and to none of modules_to_save"
+        what = "Tensors belong to no adapted module and to none of modules_to_save"
         cure = "name their modules in modules_to_save if they were trained whole; else save again"
         yield Finding("warning", "tensor-unexplained", what, keys, cure)
     whole = _keys(tensors, (name for owner in tables for name in strange[owner]))
@@ -209,7 +197,7 @@ def rows(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     """Trained rows of tables, against the config."""
     asked = config.get("trainable_token_indices")
     if contents.rows and not asked:
-        what = f"{len(contents.rows)} table(s) have trained rows, but the config doesn't say which"
+        what = "There are trained rows of tables, but the config doesn't say which"
         cure = "give trainable_token_indices in adapter_config.json the rows that were trained"
         yield Finding("error", "rows-unasked", what, contents.rows, cure)
     if asked and not contents.rows:

@@ -9,6 +9,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from lamina.config.expressions import fullmatch, why_not
+from lamina.config.patterns import in_layers
+
+# Where layers are if the config doesn't say.
+_LAYERS = (
+    r".*?\.[^.]*\.(?P<lamina_index>\d+)\.",
+    r"[^.]*\.(?P<lamina_index>\d+)\.",
+)
 _INNER = {"base_layer", "token_adapter"}
 
 
@@ -27,7 +35,7 @@ def as_names(value: Any) -> list[str]:
 def hits(patterns: Any, module: str) -> list[str]:
     """The patterns that mean a module: a string as a regular expression, a list by endings."""
     if isinstance(patterns, str):
-        found = patterns.lower() == "all-linear" or re.fullmatch(patterns, module)
+        found = patterns.lower() == "all-linear" or fullmatch(patterns, module)
         return [patterns] if found else []
     names = as_names(patterns)
     return [name for name in names if module == name or module.endswith(f".{name}")]
@@ -57,12 +65,12 @@ def excluded(config: dict[str, Any], module: str) -> bool:
 def layer_of(config: dict[str, Any], module: str) -> int | None:
     """The index of the layer that a module lies in, as layers_to_transform means it."""
     name = plain_module(module)
-    patterns = as_names(config.get("layers_pattern"))
-    expressions = [rf"(?:^|.*?\.){each}\.(\d+)\." for each in patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]:
-        found = re.match(expression, name)
+    patterns = [in_layers(each) for each in as_names(config.get("layers_pattern"))]
+    for expression in patterns or _LAYERS:
+        usable = why_not(expression, with_groups=True) is None
+        found = re.match(expression, name) if usable else None
         if found:
-            return int(found[1])
+            return int(found["lamina_index"])
     return None
 
 

@@ -249,7 +249,7 @@ def _entries_of(file: Path, header: Mapping[str, Any]) -> tuple[list[StoredTenso
             broken.append(key)
     if not broken:
         return tensors, []
-    what = f"The header of {file.name} describes {len(broken)} tensor(s) in no way that is known"
+    what = f"The header of {file.name} describes tensors in no way that is known"
     return tensors, [Finding("error", "header-broken", what, tuple(broken), _AGAIN)]
 
 
@@ -274,7 +274,7 @@ def _add(tensors: dict[str, StoredTensor], new: tuple[StoredTensor, ...]) -> lis
         Finding(
             "error",
             "names-collide",
-            f"{len(twice)} tensor(s) have the name of another one, adapter names and wrappers "
+            "Tensors have the name of another one, adapter names and wrappers "
             "left out: there may be two adapters in one file",
             tuple(twice),
             "save each adapter into a directory of its own: "

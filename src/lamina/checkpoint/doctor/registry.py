@@ -74,7 +74,11 @@ def run_checks(evidence: Evidence) -> tuple[list[Finding], list[str]]:
         try:
             findings += each.check(**values)
         except Exception as error:
-            findings.append(_failed(each, error))
+            if evidence.settings is None:
+                # That its values are of wrong kinds is told already.
+                unchecked.setdefault(_MISSING["settings"] or "", []).append(each.topic)
+            else:
+                findings.append(_failed(each, error))
     return findings, [f"{reason}: {'; '.join(topics)}" for reason, topics in unchecked.items()]
 
 

@@ -54,7 +54,7 @@ def vllm_scaling(contents: Contents, config: dict[str, Any], target: str) -> Ite
         if abs(contents.scaling(each) - whole) > 1e-6 * abs(whole)
     )
     if other:
-        what = f"{len(other)} module(s) have another scaling than the config's {whole:g}, which is "
+        what = f"Not all modules have the scaling {whole:g} of the config, which is "
         what += "all that vLLM reads: it would compute something else, in silence"
         cure = "`lamina export DIR --for vllm -o OUT` folds it into B"
         yield Finding(_severity(target), "vllm-scaling", what, other, cure)

@@ -45,7 +45,7 @@ def missing_fields(config: dict[str, Any]) -> Iterator[Finding]:
     if config.get("target_parameters"):
         needed = [name for name in needed if name != "target_modules"]
     if needed:
-        what = f"{_CONFIG} lacks {len(needed)} field(s); readers take defaults of their own, or 0"
+        what = f"{_CONFIG} lacks fields; readers take defaults of their own, or 0"
         cure = "add them with the values of the training run"
         yield Finding("warning", "field-missing", what, tuple(needed), cure)
 
@@ -63,7 +63,7 @@ def ranks(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
         if each.rank != told and not experts:
             wrong.append(f"{each.module}: r={told} in the config, {each.rank} in the file")
     if wrong:
-        what = f"The config gives {len(wrong)} module(s) another rank than their tensors have"
+        what = "The config gives modules another rank than their tensors have"
         found = {each.rank for each in contents.factors}
         cure = "correct r and rank_pattern in adapter_config.json, and lora_alpha with them"
         if len(found) == 1:
@@ -84,7 +84,7 @@ def silent_tables(config: dict[str, Any], contents: Contents) -> Iterator[Findin
         # A parameter's own name isn't in the file.
         nothing = [] if config.get("target_parameters") else nothing
         if nothing:
-            what = f"{len(nothing)} entry(ies) of {table} match no module in the file"
+            what = f"Entries of {table} match no module in the file"
             cure = f"remove them from {table}" + _near(nothing[0], names)
             yield Finding("warning", "pattern-matches-nothing", what, tuple(nothing), cure)
 
@@ -103,17 +103,26 @@ def targets(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     found = {each.module: target_hits(config, each.module) for each in contents.factors}
     stray = tuple(m for m, hit in found.items() if not hit or excluded(config, m))
     if stray:
-        what = f"{len(stray)} module(s) in the file are none that the config targets; PEFT drops "
+        what = "The file has modules that the config doesn't target; PEFT drops "
         cure = "add their names to target_modules (and take them out of exclude_modules)"
         yield Finding("error", "module-untargeted", f"{what}their tensors in silence", stray, cure)
     wanted = [*as_names(patterns), *as_names(config.get("target_parameters"))]
     nothing = silent(wanted, (pattern for hit in found.values() for pattern in hit))
+    # PEFT writes whole names of what it leaves out again.
+    nothing = [name for name in nothing if not (excluded(config, name) or _outside(config, name))]
     if nothing and found:
-        what = f"{len(nothing)} target(s) of the config have no tensors in the file"
+        what = "Targets of the config have no tensors in the file"
         leaves = [plain_module(module) for module in found]
         cure = "take them out of target_modules if the model has no such modules (`lamina doctor "
         cure += f"DIR --base BASE` tells); else tensors are lost{_near(nothing[0], leaves)}"
         yield Finding("warning", "target-without-tensors", what, tuple(nothing), cure)
+
+
+def _outside(config: dict[str, Any], module: str) -> bool:
+    """Whether a module lies in a layer that layers_to_transform leaves out."""
+    wanted = wanted_layers(config)
+    layer = layer_of(config, module)
+    return bool(wanted) and layer is not None and layer not in wanted
 
 
 @check
@@ -125,14 +134,12 @@ def layers(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     found = {each.module: layer_of(config, each.module) for each in contents.factors}
     stray = tuple(module for module, layer in found.items() if layer not in wanted)
     if stray:
-        what = (
-            f"{len(stray)} module(s) in the file lie in layers that layers_to_transform leaves out"
-        )
+        what = "The file has modules in layers that layers_to_transform leaves out"
         cure = "set layers_to_transform to the layers that are in the file, or to null"
         yield Finding("error", "module-untargeted", what, stray, cure)
     lacking = tuple(f"layer {each}" for each in wanted if each not in found.values())
     if lacking:
-        what = f"{len(lacking)} layer(s) of layers_to_transform have no tensors in the file"
+        what = "Layers of layers_to_transform have no tensors in the file"
         cure = "set layers_to_transform to the layers that are in the file"
         yield Finding("warning", "target-without-tensors", what, lacking, cure)
 
@@ -147,9 +154,7 @@ def saved_modules(config: dict[str, Any], contents: Contents) -> Iterator[Findin
         # Of the usual heads of a task a model has one.
         missing = [name for name in missing if name not in heads]
     if missing:
-        what = (
-            f"{len(missing)} module(s) of modules_to_save are not in the file: readers that don't "
-        )
+        what = "Modules of modules_to_save are not in the file: readers that don't "
         cure = (
             "save it again with them; or take them out of modules_to_save if they weren't trained"
         )
@@ -167,7 +172,7 @@ def biases(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     """Whether bias and the biases in the file agree."""
     kind = config.get("bias", "none")
     if kind == "none" and contents.biases:
-        what = f"bias is 'none', but {len(contents.biases)} bias(es) of the base are in the file"
+        what = "bias is 'none', but biases of the base are in the file"
         cure = "set bias to 'all' or 'lora_only', as it was trained"
         yield Finding("warning", "bias-contradicts", what, contents.biases, cure)
     if kind in ("all", "lora_only") and not contents.biases and contents.factors:
@@ -260,8 +265,6 @@ def scaling_on_record(
         if abs(told - found) > 1e-6 * abs(told):
             wrong.append(f"{each.module}: alpha / r is {found:g}, {told:g} on record")
     if wrong:
-        what = (
-            f"The config scales {len(wrong)} module(s) otherwise than the stage {newest.stage!r} "
-        )
+        what = f"The config scales modules otherwise than the stage {newest.stage!r} "
         cure = "undo the change of r, lora_alpha, use_rslora or a pattern in adapter_config.json"
         yield Finding("error", "scaling-contradicts", f"{what}was saved with", tuple(wrong), cure)

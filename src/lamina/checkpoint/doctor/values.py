@@ -38,7 +38,7 @@ _NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3")
 def unread(measures: Measures) -> Iterator[Finding]:
     """Whether the values can be read."""
     if measures.unread:
-        what = f"{len(measures.unread)} tensor(s) can't be read from their file"
+        what = "Tensors can't be read from their file"
         cure = "copy, download or save the file again"
         yield Finding("error", "file-unreadable", what, measures.unread, cure)
 
@@ -51,7 +51,7 @@ def not_finite(tensors: Mapping[str, StoredTensor], measures: Measures) -> Itera
         nan = sum(each.nan for each in bad.values())
         infinite = sum(each.infinite for each in bad.values())
         told = [f"{n:,} {kind}" for n, kind in ((nan, "NaN"), (infinite, "infinite")) if n]
-        what = f"{len(bad)} tensor(s) have entries that are no numbers: {' and '.join(told)}"
+        what = f"Entries are no numbers: {' and '.join(told)}"
         cure = "training diverged or a save was torn: take an earlier checkpoint-N, and lower the "
         cure += "learning rate or train in bfloat16"
         yield Finding("error", "not-finite", what, tuple(bad), cure)
@@ -63,21 +63,17 @@ def dtypes(tensors: Mapping[str, StoredTensor], contents: Contents) -> Iterator[
     factors = {key for each in contents.factors for key in each.keys}
     whole = tuple(t.key for n, t in tensors.items() if n in factors and t.dtype not in _NUMBERS)
     if whole:
-        what = (
-            f"{len(whole)} factor(s) are stored as {_dtypes(tensors, whole)}: no numbers as A and "
-        )
+        what = f"Factors are stored as {_dtypes(tensors, whole)}, not as floating-point "
         cure = "save it unquantised"
-        yield Finding("error", "dtype-unusable", f"{what}B are", whole, cure)
+        yield Finding("error", "dtype-unusable", f"{what}numbers", whole, cure)
     small = tuple(t.key for t in tensors.values() if t.dtype.startswith("F8_"))
     if small:
-        what = f"{len(small)} tensor(s) are stored in 8 bits; PEFT adds no such tensors to a base"
+        what = "Tensors are stored in float8, which few readers take and which is coarse"
         cure = "load it with torch_dtype=torch.bfloat16 and save it again"
         yield Finding("warning", "dtype-float8", what, small, cure)
     wide = tuple(t.key for t in tensors.values() if t.dtype == "F64")
     if wide:
-        what = (
-            f"{len(wide)} tensor(s) are stored in float64: twice as large, and some programs refuse"
-        )
+        what = "Tensors are stored in float64: twice as large, and some programs refuse"
         cure = "save it in float32 or bfloat16"
         yield Finding("note", "dtype-float64", what, wide, cure)
     mixed = tuple(
@@ -87,7 +83,7 @@ def dtypes(tensors: Mapping[str, StoredTensor], contents: Contents) -> Iterator[
         if a.dtype != b.dtype
     )
     if mixed:
-        what = f"A and B of {len(mixed)} module(s) have different dtypes"
+        what = "A and B have different dtypes"
         cure = "fine for PEFT and Lamina; for others load it in one dtype and save it again"
         yield Finding("note", "dtype-mixed", what, mixed, cure)
 
@@ -105,7 +101,7 @@ def half_range(tensors: Mapping[str, StoredTensor], measures: Measures) -> Itera
         if each.largest > _FP16_MOST and tensors[name].dtype != "F16"
     }
     if large:
-        what = f"{len(large)} tensor(s) have values up to {max(large.values()):.3g}, which become "
+        what = f"There are values up to {max(large.values()):.3g}, which become "
         cure = "serve and merge it in bfloat16 or float32"
         yield Finding("note", "over-float16", f"{what}infinite in float16", tuple(large), cure)
 
@@ -154,7 +150,7 @@ def zero_factors(
     for (side, stage), modules in sorted(zero.items(), reverse=True):
         of = f" of stage {stage!r}" if stage else ""
         effect = "so that it changes nothing there" if side == "B" else "so that B never learns"
-        what = f"{side}{of} is all zero in {len(modules)} module(s), {effect}"
+        what = f"{side}{of} is all zero, {effect}"
         cure = (
             "if it was trained, these modules got no gradient: leave them out of target_modules, "
         )
@@ -181,7 +177,7 @@ def zero_tensors(
     found = [by_end.get(name.removeprefix("base_model.model."), "") for name in names]
     zero = tuple(tensors[n].key for n in found if n and measures.values[n].zero)
     if zero:
-        what = f"{len(zero)} tensor(s) that can't be zero after training are all zero"
+        what = "Tensors are all zero that can't be after training"
         cure = "they were sharded away when it was saved (ZeRO-3, FSDP): gather, and save again"
         yield Finding("warning", "zero-tensor", what, zero, cure)
 
@@ -197,7 +193,7 @@ def dead_ranks(measures: Measures) -> Iterator[Finding]:
             if 0 < count < len(sizes):
                 dead[module] = f"{module}: {count} of {len(sizes)}"
     if dead:
-        what = f"{len(dead)} module(s) have ranks that do nothing: a row of A or a column of B is "
+        what = "Some ranks do nothing: a row of A or a column of B is "
         cure = "harmless; `lamina export DIR --for peft --rank N` leaves them out of a copy"
         yield Finding("note", "dead-ranks", f"{what}zero or nearly so", tuple(dead.values()), cure)
 
@@ -214,7 +210,7 @@ def repeats(measures: Measures, contents: Contents) -> Iterator[Finding]:
                 f"{module}: rank {same[0][1]} is rank {same[0][0]} again, {len(same)} such"
             )
     if found:
-        what = f"{len(found)} module(s) have ranks that are others over again"
+        what = "Some ranks are others over again"
         cure = (
             "an adapter was put together with itself, or began with equal rows: its update counts "
         )
@@ -239,7 +235,7 @@ def unused_ranks(
                 few.append((used, f"{module}: {used} of {len(values)}"))
     if few and len(few) * 2 > len(measures.pairs):
         most = max(used for used, _ in few)
-        what = f"In {len(few)} module(s) at most {most} ranks hold {_SHARE:.2%} of the update"
+        what = f"{most} ranks, or less, hold {_SHARE:.2%} of the update"
         cure = (
             f"`lamina export DIR --for peft --rank {most}` makes a smaller copy and says what is "
         )
@@ -265,8 +261,6 @@ def outliers(contents: Contents, measures: Measures) -> Iterator[Finding]:
             if len(members) >= _LEAST_PEERS and norm > _OUTLIER * usual
         ]
     if found:
-        what = (
-            f"The update of {len(found)} module(s) is over {_OUTLIER:.0f} times as large as that "
-        )
+        what = f"Updates are over {_OUTLIER:.0f} times as large as those "
         cure = "training diverged there: take an earlier checkpoint-N, or lower the learning rate"
         yield Finding("warning", "norm-outlier", f"{what}of their like", tuple(found), cure)
