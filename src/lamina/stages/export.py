@@ -15,7 +15,7 @@ from torch import nn
 from lamina.checkpoint.export.base_config import BaseConfig, base_config, read_base_config
 from lamina.checkpoint.export.contents import Contents, Finding, read_contents
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
-from lamina.checkpoint.export.registry import target_named
+from lamina.checkpoint.export.registry import TARGETS, target_named
 from lamina.checkpoint.export.target import Options, Target
 from lamina.checkpoint.export.updates import largest_difference, read_updates
 from lamina.checkpoint.origin import PREFIX
@@ -26,6 +26,7 @@ from lamina.errors import CheckpointError, ExportError
 from lamina.stages.exported import compare_with_base
 from lamina.stages.flatten import flatten
 from lamina.storage.atomic import atomic_directory
+from lamina.storage.companions import copy_tokenizer
 from lamina.storage.destination import check_destination
 
 AnyBase: TypeAlias = nn.Module | str | Path | BaseConfig
@@ -172,8 +173,12 @@ def export(
         if compression is not None:
             contents = _without_base_copies(read_contents(source), source, base, {})
         updates = read_updates(source, contents, **(where if compression is None else {}))
-        with atomic_directory(out, owned=chosen.files) as staging:
+        # Nothing may be left of an export for another program.
+        owned = {name for each in TARGETS.values() for name in each.files}
+        with atomic_directory(out, owned=sorted(owned)) as staging:
             chosen.write(updates, staging, options)
+            if chosen.takes_tokenizer:
+                copy_tokenizer(contents.source, staging)
             found = chosen.read_back(updates, staging, options)
             difference, module = largest_difference(updates.factors, found)
             _refuse_difference(difference, module, dtype)
@@ -190,7 +195,7 @@ def export(
         path=str(out),
         target=target,
         modules=len(found),
-        rank=(min(ranks), max(ranks)),
+        rank=(min(ranks, default=0), max(ranks, default=0)),
         dtype=", ".join(sorted({str(x.A.dtype).removeprefix("torch.") for x in found.values()})),
         files=files,
         notes=tuple(checked.notes),

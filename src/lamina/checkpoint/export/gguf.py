@@ -53,6 +53,7 @@ class Gguf:
     program = "llama.cpp"
     files: Sequence[str] = (FILE,)
     needs_base = True
+    takes_tokenizer = False
     # llama-server looks for the tokens from which such an adapter acts.
     takes_methods: Sequence[str] = ("aLoRA",)
 

@@ -36,6 +36,7 @@ class Mlx:
     program = "mlx-lm"
     files = (WEIGHTS, CONFIG)
     needs_base = False
+    takes_tokenizer = False
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """What mlx-lm would refuse or leave out."""

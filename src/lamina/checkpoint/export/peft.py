@@ -50,6 +50,7 @@ class Peft:
     program = "PEFT"
     files = ("adapter_config.json", WEIGHTS_NAME)
     needs_base = False
+    takes_tokenizer = True
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """PEFT takes whatever Lamina reads; only what is broken is told."""

@@ -58,12 +58,14 @@ class Target(Protocol):
         program: as it is called: "vLLM".
         files: the names of what it writes.
         needs_base: whether the base's config has to be known.
+        takes_tokenizer: whether it looks for a tokenizer beside the adapter.
     """
 
     name: str
     program: str
     files: Sequence[str]
     needs_base: bool
+    takes_tokenizer: bool
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """What the program can't take, all of it, and what to know; nothing is read but headers."""

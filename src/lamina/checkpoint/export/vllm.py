@@ -35,6 +35,7 @@ class Vllm:
     program = "vLLM"
     files = ("adapter_config.json", "adapter_model.safetensors")
     needs_base = False
+    takes_tokenizer = True
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """See `lamina.checkpoint.export.limits`."""
