@@ -82,9 +82,11 @@ MLX_MODEL_TYPES = (
 
 def rotate_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of queries or keys in ggml's order: row (head, half, i) becomes (head, i, half)."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    moved: torch.Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return moved.reshape(rows.shape)
 
 
 def unrotate_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Undo `rotate_rows`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+    moved: torch.Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2)
+    return moved.reshape(rows.shape)

@@ -78,7 +78,9 @@ class Peft:
         contents = sort_contents(str(directory), read_config(directory), header)
         tensors = read_tensors(directory)
         return {
-            each.module: Factors(*(tensors[key] for key in each.keys), contents.scaling(each))
+            each.module: Factors(
+                tensors[each.keys[0]], tensors[each.keys[1]], contents.scaling(each)
+            )
             for each in contents.factors
         }
 

@@ -51,21 +51,27 @@ class Checked:
 
 
 class Target(Protocol):
-    """One program, or one format.
+    """One program, or one format."""
 
-    Attributes:
-        name: as it is asked for: "vllm".
-        program: as it is called: "vLLM".
-        files: the names of what it writes.
-        needs_base: whether the base's config has to be known.
-        takes_tokenizer: whether it looks for a tokenizer beside the adapter.
-    """
+    @property
+    def name(self) -> str:
+        """As it is asked for: "vllm"."""
 
-    name: str
-    program: str
-    files: Sequence[str]
-    needs_base: bool
-    takes_tokenizer: bool
+    @property
+    def program(self) -> str:
+        """As it is called: "vLLM"."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The names of what it writes."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base's config has to be known."""
+
+    @property
+    def takes_tokenizer(self) -> bool:
+        """Whether it looks for a tokenizer beside the adapter."""
 
     def check(self, contents: Contents, options: Options) -> Checked:
         """What the program can't take, all of it, and what to know; nothing is read but headers."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lamina.checkpoint.export.contents import Contents, FactorShapes
+from lamina.checkpoint.export.contents import Contents
 from lamina.checkpoint.export.limits import vllm_faults, vllm_notes
 from lamina.checkpoint.export.peft_files import (
     factor_tensors,
@@ -25,6 +25,7 @@ from lamina.checkpoint.export.peft_files import (
 from lamina.checkpoint.export.target import Checked, Options
 from lamina.checkpoint.export.updates import Updates, in_dtype, one_scaling
 from lamina.checkpoint.origin import PREFIX
+from lamina.checkpoint.shapes import FactorShapes
 from lamina.engine.compose import Factors
 
 
