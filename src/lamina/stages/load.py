@@ -68,7 +68,7 @@ def load(
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     with grown(whole_base, file):
         if not allow_base_mismatch:
-            _check_base(record, whole_base, file, tokenizer)
+            check_base(record, whole_base, file, tokenizer)
         kind = PeftModel.for_task(file.config.task_type)
         model = loading.over(kind, whole_base, file, loading.How(), name).eval()
     if verify:
@@ -88,7 +88,14 @@ def _refuse_options(options: dict[str, Any]) -> None:
         )
 
 
-def _check_base(record: StageRecord, base: nn.Module, file: AdapterFile, tokenizer: Any) -> None:
+def check_base(
+    record: StageRecord, base: nn.Module, file: AdapterFile, tokenizer: Any = None
+) -> None:
+    """Refuse a base, or a tokenizer, that an adapter was not trained on; warn of small differences.
+
+    Raises:
+        StageError: with all that differs.
+    """
     likeness = base_likeness(record, base, lambda: updates_in_file(file))
     before = with_tokenizer(record)
     faults = [

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.probe import ProbeComparison, ask, compare_answers
 from lamina.checkpoint.record import Probe, StageRecord
-from lamina.errors import StageError
-from lamina.model import AutoPeftModel, PeftModel, loading
+from lamina.model import PeftModel, loading
 from lamina.model.adapted import refuse_adapted
 from lamina.model.vocabulary import grown
-from lamina.stages.bases import base_faults, describe_base
 from lamina.stages.flat import Flat
-from lamina.stages.likeness import base_likeness
+from lamina.stages.load import check_base
 from lamina.stages.probing import probe_of
+from lamina.stages.verify import opening
 
 _NAME = "replayed"
 
@@ -27,7 +24,7 @@ _NAME = "replayed"
 def open_base(
     file: AdapterFile, record: StageRecord, base: nn.Module | str, allow_base_mismatch: bool
 ) -> nn.Module:
-    """The base of an adapter, as it was given or loaded from a path.
+    """The base of an adapter, as it was given, or loaded from a path as it was on record.
 
     Raises:
         StageError: it is not the one that the adapter was trained on.
@@ -35,26 +32,14 @@ def open_base(
         MissingFileError: it can't be opened.
     """
     if isinstance(base, nn.Module):
-        opened: Any = base
+        opened = base
         refuse_adapted(opened)
     else:
-        config = replace(file.config, base_model_name_or_path=str(base), revision=None)
-        opened = AutoPeftModel.load_base(config, source=file.source, dtype="auto")
+        opened = opening.open_base(file, record, base)
     if not allow_base_mismatch:
-        _check_base(file, record, opened)
-    whole: nn.Module = opened
-    return whole
-
-
-def _check_base(file: AdapterFile, record: StageRecord, base: nn.Module) -> None:
-    likeness = base_likeness(record, base)
-    faults = base_faults(record.newest.base, describe_base(base), likeness)
-    if faults:
-        raise StageError(
-            f"{file.source} was trained on another base.",
-            faults=faults,
-            cure="give its own base, or pass allow_base_mismatch=True if it is the same",
-        )
+        with grown(opened, file):
+            check_base(record, opened, file)
+    return opened
 
 
 @contextmanager
