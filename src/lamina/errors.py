@@ -44,9 +44,14 @@ class LaminaError(Exception):
         return (_rebuild, (type(self), self.what, self.faults, self.cure))
 
 
+def escaped(text: str) -> str:
+    """Text with escapes in place of control characters, as JSON would have them too."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def printable(text: str) -> str:
     """Text as it may go to a terminal: control characters as escapes, and no line endless."""
-    text = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    text = escaped(text)
     if len(text) <= _LONGEST_LINE:
         return text
     return f"{text[: _LONGEST_LINE - 200]} [...] {text[-150:]}"

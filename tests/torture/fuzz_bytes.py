@@ -178,7 +178,15 @@ def _linked(file: Path, content: bytes) -> None:
 
 def strange_neighbours(rng: random.Random, path: Path) -> str:
     """Files that are none of ours; the adapter is what it was."""
-    names = ["adapter_model.bin", "x\u202egnp.exe", "a\nb", "\udcff", "-rf", "config.json", "é" * 60]
+    names = [
+        "adapter_model.bin",
+        "x\u202egnp.exe",
+        "a\nb",
+        "\udcff",
+        "-rf",
+        "config.json",
+        "é" * 60,
+    ]
     for name in rng.sample(names, 3):
         if not (path / name).exists():
             (path / name).write_bytes(rng.randbytes(50))

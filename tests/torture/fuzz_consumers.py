@@ -147,7 +147,8 @@ def _from_pretrained(subject: Subject) -> None:
 def _begin(subject: Subject, mode: str) -> None:
     config = None
     if mode != "continue":
-        config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        task = "CAUSAL_LM" if KINDS[subject.kind].base == "llama" else None
+        config = LoraConfig(r=2, target_modules="all-linear", task_type=task)
     with _Base(subject) as base:
         model = lamina.begin_stage(
             base, name="next", parent=subject.path, mode=mode, config=config, **subject.options
@@ -194,13 +195,15 @@ def _check_scalings(model: PeftModel, adapter: str, values: dict[str, Any]) -> N
         len(table) > 1000 for table in tables
     ):
         return
-    adalora = values.get("peft_type") == "ADALORA"
+    if values.get("peft_type") == "ADALORA":
+        # Its forward divides by the rank that it began with.
+        return
     for name, layer in lora_layers(model.get_base_model()):
         if adapter not in layer.records or not layer.records[adapter].r or layer.kind == "tokens":
             continue
         record = layer.records[adapter]
-        r = values.get("init_r", 12) if adalora else _by(tables[0], name, values.get("r", 8))
-        alpha = _by({} if adalora else tables[1], name, values.get("lora_alpha", 8))
+        r = _by(tables[0], name, values.get("r", 8))
+        alpha = _by(tables[1], name, values.get("lora_alpha", 8))
         expected = alpha / (math.sqrt(r) if values.get("use_rslora") else r)
         if hasattr(record, "config") and not math.isclose(record.scaling, expected, rel_tol=1e-9):
             raise WrongError(f"{name} has scaling {record.scaling}, the file says {expected}")

@@ -334,7 +334,9 @@ def twice_in_header(rng: random.Random, path: Path) -> str | None:
     file = rng.choice(found)
     header, data = parts(file)
     name, other = _one(rng, header)[0], _one(rng, header)[1]
-    text = json.dumps(header).replace("{", "{" + json.dumps(name) + ":" + json.dumps(other) + ",", 1)
+    text = json.dumps(header).replace(
+        "{", "{" + json.dumps(name) + ":" + json.dumps(other) + ",", 1
+    )
     put(file, text.encode(), data)
     return f"{name} twice"
 

@@ -1,6 +1,6 @@
 """Reads mutants one after the other, under limits, and tells of each in a line of JSON.
 
-    python -m tests.torture.fuzz_worker CORPUS FOLDER NUMBER...
+python -m tests.torture.fuzz_worker CORPUS FOLDER NUMBER...
 """
 
 from __future__ import annotations

@@ -8,21 +8,33 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, escaped
+
+
+class _Console(Console):
+    """One that shows what a terminal would obey in names from files, rather than pass it on."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(escaped(text), style)
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console on the stream as it is now; plain text where that is no terminal."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
     """One JSON document on the standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def print_error(error: LaminaError) -> None:
@@ -54,13 +66,13 @@ def table(
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(
-            Text(column),
+            Text(escaped(column)),
             justify="right" if column in right else "left",
             overflow="fold" if column in folded else "ellipsis",
             no_wrap=column not in folded,
         )
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(escaped(cell)) for cell in row))
     return made
 
 
@@ -71,7 +83,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value:
-            made.add_row(Text(name), Text(value))
+            made.add_row(Text(escaped(name)), Text(escaped(value)))
     return made
 
 

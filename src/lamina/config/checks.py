@@ -73,6 +73,9 @@ def faults_of_variants(config: Any) -> list[str]:
         faults.append("lora_bias=True is not supported for DoRA, please pass use_dora=False")
     if config.use_dora and config.megatron_config:
         faults.append("DoRA does not support megatron_core, please set use_dora=False")
+    size = config.qalora_group_size
+    if not _is_token(size) or size == 0:
+        faults.append(f"qalora_group_size={size!r}: a positive number of features")
     tokens = config.alora_invocation_tokens
     known = isinstance(tokens, (list, tuple)) and tokens and all(map(_is_token, tokens))
     if tokens is not None and not known:
