@@ -14,7 +14,7 @@ from lamina.engine.factored import factored_layers
 from lamina.engine.layers import LoraLayer
 from lamina.errors import StageError
 from lamina.model.combining import dense_update
-from lamina.stages.replay import adapted
+from lamina.stages.laid_over import adapted
 
 
 @torch.no_grad()

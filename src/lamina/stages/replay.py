@@ -1,24 +1,19 @@
-"""Lay an adapter over a base for a while: to ask it, to read its updates, and to take it off."""
+"""Ask a base what it answers with an adapter, and with another that should do the same."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 
 from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.probe import ProbeComparison, ask, compare_answers
 from lamina.checkpoint.record import Probe, StageRecord
-from lamina.model import PeftModel, loading
 from lamina.model.adapted import refuse_adapted
 from lamina.model.vocabulary import grown
 from lamina.stages.flat import Flat
+from lamina.stages.laid_over import adapted
 from lamina.stages.load import check_base
 from lamina.stages.probing import probe_of
 from lamina.stages.verify import opening
-
-_NAME = "replayed"
 
 
 def open_base(
@@ -40,24 +35,6 @@ def open_base(
         with grown(opened, file):
             check_base(record, opened, file)
     return opened
-
-
-@contextmanager
-def adapted(base: nn.Module, file: AdapterFile) -> Iterator[tuple[PeftModel, str]]:
-    """The base with an adapter over it, and the adapter's name; afterwards the base is itself."""
-    training = {module: module.training for module in base.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    with grown(base, file):
-        kind = PeftModel.for_task(file.config.task_type)
-        model = loading.over(kind, base, file, loading.How(), _NAME).eval()
-    try:
-        yield model, _NAME
-    finally:
-        model.unload()
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def replay(

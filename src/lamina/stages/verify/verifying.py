@@ -15,7 +15,7 @@ from lamina.checkpoint.record import Probe
 from lamina.errors import LaminaError, ProbeError, StageError
 from lamina.model import PeftModel, loading
 from lamina.model.vocabulary import grown
-from lamina.stages.replay import adapted
+from lamina.stages.laid_over import adapted
 from lamina.stages.verify.conclusions import conclude
 from lamina.stages.verify.contents import Contents, contents_of
 from lamina.stages.verify.experiments import scaled_cause
