@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ STEP = 2.0**-7
 _SMALLEST_HALF, _LARGEST_HALF = 2.0**-24, 65504.0
 # Where all is alike but for what a quantiser rounds away.
 _ALIKE = 0.8
+# So many tensors of its shape are tried as that which a head is tied to.
+_TWINS = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Findings:
 
     Attributes:
         same: with the recorded values.
+        flat: those of them of which all values are one, as a bias of zeros: they tell little.
         near: quantised here or there, and alike but for that.
         differing: with other values.
         unread: quantised and not among those that are looked at, or all the adapter's own.
@@ -61,6 +64,7 @@ class Findings:
     """
 
     same: list[str] = field(default_factory=list)
+    flat: list[str] = field(default_factory=list)
     near: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
@@ -206,18 +210,24 @@ def _compare(
     found: Findings,
     halved: bool,
 ) -> None:
-    asked: dict[str, Positions] = {}
+    asked: dict[str, list[Positions]] = {}
     for sample, actual, kept in wanted.values():
         assert sample.positions is not None
-        asked[actual] = sample.positions[kept]
-    read = weights.read(asked)
+        asked.setdefault(actual, []).append(sample.positions[kept])
+    # Several that are on record may be tied here.
+    read = weights.read({name: np.concatenate(each) for name, each in asked.items()})
+    parts = {name: iter(_split(read[name], each)) for name, each in asked.items()}
     for sample, actual, kept in wanted.values():
         assert sample.values is not None
+        assert sample.positions is not None
         tensor = weights.tensors[actual]
-        pair = Pair(sample.values[kept], rounded(read[actual]), asked[actual], sample.shape)
+        here = rounded(next(parts[actual]))
+        pair = Pair(sample.values[kept], here, sample.positions[kept], sample.shape)
         quantised = sample.quantised or tensor.quantised
         if _equal(pair.recorded, pair.actual, halved or quantised or tensor.dtype == "float16"):
             found.same.append(sample.name)
+            if np.ptp(pair.recorded) == 0:
+                found.flat.append(sample.name)
         elif quantised:
             found.quantised[sample.name] = pair
         else:
@@ -225,6 +235,10 @@ def _compare(
             found.dense[sample.name] = pair
     alike = correlation(found.quantised) or 0.0
     (found.near if alike >= _ALIKE else found.differing).extend(found.quantised)
+
+
+def _split(values: Floats, parts: Sequence[Positions]) -> list[Floats]:
+    return np.split(values, np.cumsum([len(part) for part in parts])[:-1])
 
 
 def _equal(recorded: Floats, actual: Floats, loosely: bool) -> bool:
@@ -263,12 +277,12 @@ def _resolve_ties(found: Findings, samples: Iterable[Sample], weights: Weights) 
     by_name = {sample.name: sample for sample in samples}
     for name in [n for n in found.missing if by_name[n].positions is not None]:
         twins = [n for n, t in weights.tensors.items() if t.shape == by_name[name].shape]
-        if len(twins) == 1 and _holds(by_name[name], twins[0], weights):
+        if any(_holds(by_name[name], twin, weights) for twin in twins[:_TWINS]):
             found.missing.remove(name)
     for name in list(found.extra):
         shape = weights.tensors[name].shape
         like = [s for s in by_name.values() if s.shape == shape and s.positions is not None]
-        if len(like) == 1 and _holds(like[0], name, weights):
+        if any(_holds(sample, name, weights) for sample in like[:_TWINS]):
             found.extra.remove(name)
 
 

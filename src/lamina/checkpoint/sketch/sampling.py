@@ -110,7 +110,8 @@ def sketch(weights: Weights) -> Sketch:
     tensors = weights.tensors
     through = set(some_quantised(tensors))
     notes = {}
-    for name, tensor in tensors.items():
+    # In order of their names, so that files give the same sketch as the model.
+    for name, tensor in sorted(tensors.items()):
         notes[name] = f"{_shape_note(tensor.shape)} {_note(tensor, name in through)}".rstrip()
     patterns = fold(notes)
     names = _sampled([n for n, _, note in _entries(patterns) if note not in _WITHOUT_VALUES])

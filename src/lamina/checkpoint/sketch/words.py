@@ -31,7 +31,7 @@ def other(found: Findings, base: str) -> str:
     )
     verb = "has" if len(strange) == 1 else "have"
     share = f"{len(strange)} of {total} weights {verb} other {what}"
-    if 2 * len(strange) < total:
+    if 2 * len(strange) < total - len(found.flat):
         return f"is not quite {base}: {share} ({some(strange)})"
     if related(found):
         likeness = correlation({**found.dense, **found.quantised}) or 0.0
