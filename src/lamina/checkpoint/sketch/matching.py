@@ -22,7 +22,7 @@ STEP = 2.0**-7
 _SMALLEST_HALF, _LARGEST_HALF = 2.0**-24, 65504.0
 # Where all is alike but for what a quantiser rounds away.
 _ALIKE = 0.8
-# So many tensors of its shape are tried as that which a head is tied to.
+# So many tensors may be tied, and so many are tried as what they are tied to.
 _TWINS = 8
 
 
@@ -274,6 +274,8 @@ def correlation(pairs: Mapping[str, Pair]) -> float | None:
 
 def _resolve_ties(found: Findings, samples: Iterable[Sample], weights: Weights) -> None:
     """A tied head may be there under its own name, or only as the embedding that it shares."""
+    if len(found.missing) + len(found.extra) > _TWINS:
+        return
     by_name = {sample.name: sample for sample in samples}
     for name in [n for n in found.missing if by_name[n].positions is not None]:
         twins = [n for n, t in weights.tensors.items() if t.shape == by_name[name].shape]
