@@ -245,6 +245,12 @@ def tokenizers(*hashes: str) -> Change:
     return recorded(stages=tuple(stages))
 
 
+def flattened(parts: Parts) -> None:
+    laminae = list(chain_record().laminae)
+    laminae[-1] = laminae[-1].model_copy(update={"error": 0.015, "made_of": ("more", "chat")})
+    recorded(laminae=tuple(laminae))(parts)
+
+
 def zero_chat(parts: Parts) -> None:
     for name in [n for n in parts.tensors if "q_proj.lora_B" in n]:
         parts.tensors[name][:, 4:] = 0
@@ -266,6 +272,8 @@ CHAIN: list[tuple[str, str, Change, str]] = [
     ("warning", "stages-differ-in-base", other_base(model_class="MistralForCausalLM"), "more"),
     ("warning", "stages-differ-in-base", other_base(vocab_size=70), "more -> chat"),
     ("warning", "stages-differ-in-tokenizer", tokenizers("a", "a", "b"), "more -> chat"),
+    ("warning", "stages-left-out", recorded(left_out=("base-stage",)), "base-stage"),
+    ("note", "flattened-in-part", flattened, "1.50%"),
     ("note", "probe-missing", recorded(), "chat"),
     ("note", "sketch-missing", recorded(), "chat"),
 ]

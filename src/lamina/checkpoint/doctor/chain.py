@@ -9,7 +9,7 @@ from typing import Any
 
 from lamina.checkpoint.digest import files_digest
 from lamina.checkpoint.doctor.evidence import StoredTensor
-from lamina.checkpoint.doctor.findings import Finding
+from lamina.checkpoint.doctor.findings import Finding, Severity
 from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import Base, Stage, StageRecord
@@ -79,10 +79,12 @@ def bases(record: StageRecord) -> Iterator[Finding]:
             cure += "whether the answers are as recorded"
             yield Finding("warning", "stages-differ-in-base", what, (*names, *lines), cure)
         if _differ(before.base.tokenizer, after.base.tokenizer):
+            more = (after.base.tokenizer_size or 0) > (before.base.tokenizer_size or 0)
             what = f"Stage {after.name!r} was trained with another vocabulary than {before.name!r}"
             cure = "right if tokens were added; else one of them read other ids: use the newest "
             cure += "stage's tokenizer, and check the older stage's task"
-            yield Finding("warning", "stages-differ-in-tokenizer", what, names, cure)
+            severity: Severity = "note" if more else "warning"
+            yield Finding(severity, "stages-differ-in-tokenizer", what, names, cure)
         if _differ(before.base.chat_template, after.base.chat_template):
             what = (
                 f"Stage {after.name!r} was trained with another chat template than {before.name!r}"
@@ -103,6 +105,21 @@ def _differences(before: Base, after: Base) -> Iterator[str]:
 
 def _differ(one: object, other: object) -> bool:
     return one is not None and other is not None and one != other
+
+
+@check
+def what_is_missing(record: StageRecord) -> Iterator[Finding]:
+    """Whether all that the stages were trained on is in the file."""
+    if record.left_out:
+        what = f"{record.newest.name!r} was trained on top of stages that are not in this file"
+        cure = "load the chain that it was taken out of, if it is to answer as it did in training"
+        yield Finding("warning", "stages-left-out", what, record.left_out, cure)
+    rounded = [each for each in record.laminae if each.error]
+    if rounded:
+        lines = tuple(f"{each.stage}: {each.error:.2%} of the update" for each in rounded)
+        what = "Flattening left a part of the update out"
+        cure = "flatten the chain again with a higher rank, if that is too much"
+        yield Finding("note", "flattened-in-part", what, lines, cure)
 
 
 @check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from lamina.storage.misplaced import (
     SAFETENSORS_NAME,
     no_weights,
 )
+from lamina.storage.untrusted import read_json
 
 _PICKLE = re.compile(r"adapter_model(-\d+-of-\d+)?\.(bin|pt|pth|ckpt)")
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
@@ -115,7 +115,7 @@ def index_against_files(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    table: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    table: Any = read_json(index)["weight_map"]
     return {str(key): str(name) for key, name in table.items()}
 
 

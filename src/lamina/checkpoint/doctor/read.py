@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from lamina.checkpoint.doctor.evidence import Entries, Evidence, StoredTensor
 from lamina.checkpoint.doctor.findings import Finding
-from lamina.checkpoint.doctor.layout import layout_findings
 from lamina.checkpoint.export.contents import Contents, sort_contents
 from lamina.checkpoint.header import read_header
 from lamina.checkpoint.origin import plain_key
@@ -26,6 +25,7 @@ from lamina.storage.misplaced import INDEX_NAME, SAFETENSORS_NAME, no_config
 from lamina.storage.shards import shard_names
 from lamina.storage.source import PathOrId, find_adapter
 from lamina.storage.staging import hidden_siblings
+from lamina.storage.untrusted import open_regular
 
 _AGAIN = "copy, download or save the file again"
 _POINTER = b"version https://git-lfs"
@@ -212,20 +212,35 @@ class _File:
 
 def _read_file(file: Path) -> _File:
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 return _File((_pointer(file),))
-        header, metadata = read_header(file, check_layout=False)
-        strings = {str(key): str(value) for key, value in metadata.items()}
-    except OSError as error:
+        header, metadata = read_header(file)
+    except (LaminaError, OSError) as error:
+        return _read_damaged(file, error)
+    return _File((), True, _tensors_of(file, header), metadata)
+
+
+def _read_damaged(file: Path, error: LaminaError | OSError) -> _File:
+    """What can be read of a file in which tensors don't lie as they should; else only why."""
+    if isinstance(error, OSError) and not isinstance(error, LaminaError):
         return _File((_unreadable(file, error),))
-    except Exception as error:
-        said = error.what if isinstance(error, LaminaError) else f"{file.name}: {error}"
-        code = "file-cut-off" if "cut off" in said else "weights-unreadable"
-        return _File((Finding("error", code, said, (), _AGAIN),))
-    tensors, broken = _entries_of(file, header)
-    findings = (*broken, *layout_findings(file, tensors))
-    return _File(findings, True, tuple(tensors), strings)
+    assert isinstance(error, LaminaError)
+    try:
+        header, metadata = read_header(file, check_layout=False)
+    except (LaminaError, OSError):
+        code = "file-cut-off" if "is cut off" in error.what else "weights-unreadable"
+        where = error.faults or (file.name,)
+        return _File((Finding("error", code, error.what, where, error.cure or _AGAIN),))
+    damaged = Finding("error", "layout-broken", error.what, error.faults, error.cure or _AGAIN)
+    return _File((damaged,), True, _tensors_of(file, header), metadata)
+
+
+def _tensors_of(file: Path, header: Mapping[str, Any]) -> tuple[StoredTensor, ...]:
+    return tuple(
+        StoredTensor(key, file, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for key, entry in header.items()
+    )
 
 
 def _pointer(file: Path) -> Finding:
@@ -236,27 +251,6 @@ def _pointer(file: Path) -> Finding:
         (file.name,),
         "git lfs pull, in the repository that it was cloned from",
     )
-
-
-def _entries_of(file: Path, header: Mapping[str, Any]) -> tuple[list[StoredTensor], list[Finding]]:
-    tensors, broken = [], []
-    for key, entry in header.items():
-        try:
-            shape = tuple(_whole(size) for size in entry["shape"])
-            begin, end = map(_whole, entry["data_offsets"])
-            tensors.append(StoredTensor(key, file, str(entry["dtype"]), shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            broken.append(key)
-    if not broken:
-        return tensors, []
-    what = f"The header of {file.name} describes tensors in no way that is known"
-    return tensors, [Finding("error", "header-broken", what, tuple(broken), _AGAIN)]
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(value)
-    return value
 
 
 def _add(tensors: dict[str, StoredTensor], new: tuple[StoredTensor, ...]) -> list[Finding]:
