@@ -33,10 +33,16 @@ from lamina.model import PeftModel
 from lamina.model.tasks import base_class
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
+from lamina.stages.likeness import tell
 from lamina.stages.original import on_original_base
 from lamina.stages.probing import probe_of
 from lamina.stages.rows import gather
-from lamina.stages.tokenizers import describe_tokenizer
+from lamina.stages.tokenizers import (
+    describe_tokenizer,
+    tokenizer_faults,
+    tokenizer_remarks,
+    with_tokenizer,
+)
 from lamina.storage.atomic import atomic_directory
 
 
@@ -59,7 +65,8 @@ def save_stage(
         path: the stage's directory.
         metrics: numbers to record, by name.
         data: what the stage was trained on: anything that JSON can hold.
-        tokenizer: the one that it was trained with; its vocabulary's hash is recorded.
+        tokenizer: the one that it was trained with: the hashes of its vocabulary and its chat
+            template are recorded. None keeps what `begin_stage` was given.
         probe: record what the model, and its base alone, answer to a few tokens, so that
             `lamina verify` can replay it. A model that can't be asked is saved without, which a
             `ProbeWarning` tells.
@@ -238,6 +245,10 @@ def _others(
 def _with_tokenizer(context: StageContext, tokenizer: Any) -> StageContext:
     if tokenizer is None:
         return context
+    before = context.base if context.base.tokenizer else with_tokenizer(context.parent)
+    # Trained is trained: what is wrong is told, and nothing is lost for it.
+    apart = [*tokenizer_faults(before, tokenizer), *tokenizer_remarks(before, tokenizer)]
+    tell(f"Stage {context.name!r}", apart, stacklevel=3)
     known = context.base.model_copy(update=describe_tokenizer(tokenizer))
     return replace(context, base=known)
 

@@ -69,32 +69,34 @@ def with_tokenizer(record: StageRecord | None) -> Base | None:
 
 
 def tokenizer_faults(recorded: Base | None, tokenizer: Any) -> list[str]:
-    """What makes a tokenizer another one: known tokens that are gone, or have other ids.
-
-    Tokens that were added after the known ones are none.
-    """
+    """What makes a tokenizer another one: known tokens that are gone, or have other ids."""
     if recorded is None or tokenizer is None:
         return []
     vocabulary, known = _vocabulary(tokenizer), recorded.tokenizer_size
     if _digest(vocabulary, known) == recorded.tokenizer:
         return []
+    fault = "trained with a tokenizer of another vocabulary than this one's"
     size = _size(vocabulary)
     if known is not None and size < known:
-        lacking = f"it has {size:,} tokens, {known - size:,} fewer"
-        return [f"trained with a tokenizer of another vocabulary than this one's: {lacking}"]
-    return ["trained with a tokenizer of another vocabulary than this one's"]
+        return [f"{fault}: of {known:,} ids it has {size:,}"]
+    return [f"{fault}: tokens have other ids, or are others"]
 
 
 def tokenizer_remarks(recorded: Base | None, tokenizer: Any) -> list[str]:
-    """What else differs, and may be meant: the chat template."""
+    """What else differs, and may be meant: tokens that were added, and the chat template."""
+    # Records of earlier versions say too little to tell.
     if recorded is None or tokenizer is None or recorded.tokenizer_size is None:
         return []
+    remarks = []
+    added = _size(_vocabulary(tokenizer)) - recorded.tokenizer_size
+    if added > 0:
+        remarks.append(f"the tokenizer has {added:,} token(s) that it was not trained with")
     before, now = recorded.chat_template, _template_digest(tokenizer)
-    if before == now:
-        return []
-    words = {
-        (True, True): "has another chat template than the one that it was trained with",
-        (False, True): "has a chat template, and the one that it was trained with had none",
-        (True, False): "has no chat template, and the one that it was trained with had one",
-    }
-    return [f"the tokenizer {words[before is not None, now is not None]}"]
+    if before != now:
+        words = {
+            (True, True): "another chat template than the one that it was trained with",
+            (False, True): "a chat template, and the one that it was trained with had none",
+            (True, False): "no chat template, and the one that it was trained with had one",
+        }
+        remarks.append(f"the tokenizer has {words[before is not None, now is not None]}")
+    return remarks
