@@ -133,7 +133,7 @@ def no_file(rng: random.Random, path: Path) -> str:
     file.unlink()
     kinds: dict[str, Callable[[], object]] = {
         "fifo": lambda: os.mkfifo(file),
-        "directory": lambda: file.mkdir(),
+        "directory": file.mkdir,
         "full directory": lambda: (file.mkdir(), (file / file.name).write_bytes(content)),
         "dangling link": lambda: file.symlink_to(path / "nowhere"),
         "loop": lambda: file.symlink_to(file),

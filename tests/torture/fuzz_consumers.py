@@ -19,15 +19,24 @@ from typer.testing import CliRunner
 import lamina
 from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.describe import describe_adapter
+from lamina.checkpoint.doctor import examine
 from lamina.cli import app
 from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.layers import lora_layers
 from lamina.model import PeftModel, get_peft_model_state_dict
+from lamina.stages.diff import diff
+from lamina.stages.edit import drop_last_stage, rename_stage
+from lamina.stages.export import check_export, export
+from lamina.stages.flatten import flatten
 from lamina.stages.lineage import lineage
+from lamina.stages.split import split
+from lamina.stages.verify import verify
 from tests.stages.chains import answer
 from tests.torture.fuzz_configs import SLOW_PATTERNS
 from tests.torture.fuzz_corpus import BASES, CONFIG, KINDS, PICKLE
 
+# 2 is an error that is told; doctor has codes for warnings and errors that it finds.
+_EXIT_CODES = {"doctor": (0, 1, 2, 3), "verify": (0, 1, 2)}
 _PARTS_OF_NAMES = ("base_model.model.", "module.", "_orig_mod.", ".default")
 
 
@@ -85,9 +94,9 @@ def _inspect(subject: Subject) -> None:
     json.dumps(found.to_dict(), allow_nan=False).encode()
 
 
-def _cli(subject: Subject, verb: str) -> None:
-    result = CliRunner().invoke(app, [verb, str(subject.path)])
-    if result.exit_code not in (0, 2):
+def _cli(subject: Subject, verb: str, *more: str) -> None:
+    result = CliRunner().invoke(app, [verb, str(subject.path), *more])
+    if result.exit_code not in _EXIT_CODES.get(verb, (0, 2)):
         raise WrongError(f"lamina {verb} ends with {result.exit_code}") from result.exception
     told = result.output
     if "Traceback" in told or any(mark in told for mark in ("\x1b", "\u202e", "\0")):
@@ -256,6 +265,65 @@ def expected_answer(kind: str, corpus: Path) -> Tensor:
     return _answer(model.eval())
 
 
+def _out(subject: Subject, name: str) -> Path:
+    return subject.path.parent / f"out-{name}"
+
+
+def _export_check(subject: Subject) -> None:
+    for target in ("vllm", "gguf", "mlx", "ollama", "peft"):
+        check_export(subject.path, target=target, **subject.options)
+
+
+def _export(subject: Subject) -> None:
+    export(subject.path, _out(subject, "peft"), target="peft", **subject.options)
+
+
+def _flatten(subject: Subject) -> None:
+    flatten(subject.path, _out(subject, "flat"), **subject.options)
+
+
+def _split(subject: Subject) -> None:
+    split(subject.path, _out(subject, "parts"), **subject.options)
+
+
+def _edit(subject: Subject) -> None:
+    newest = lineage(subject.path, **subject.options).newest.name
+    rename_stage(subject.path, newest, "renamed", out=_out(subject, "named"), **subject.options)
+    drop_last_stage(subject.path, out=_out(subject, "dropped"), **subject.options)
+
+
+def _verify(subject: Subject) -> None:
+    with _Base(subject) as base:
+        report = verify(subject.path, base, **subject.options)
+    json.dumps(report.to_dict()).encode()
+
+
+def _doctor(subject: Subject) -> None:
+    json.dumps(examine(subject.path).to_dict()).encode()
+
+
+def _diff(subject: Subject) -> None:
+    str(diff(subject.path, subject.corpus / subject.kind)).encode()
+
+
+_OTHERS: dict[str, Callable[[Subject], None]] = {
+    "lamina inspect": lambda subject: _cli(subject, "inspect"),
+    "lamina lineage": lambda subject: _cli(subject, "lineage"),
+    "lamina verify": lambda subject: _cli(subject, "verify", "--json"),
+    "lamina diff": lambda subject: _cli(subject, "diff", str(subject.path), "--json"),
+    "lamina inspect --json": lambda subject: _cli(subject, "inspect", "--json"),
+    "lamina doctor": lambda subject: _cli(subject, "doctor"),
+    "doctor": _doctor,
+    "verify": _verify,
+    "flatten": _flatten,
+    "split": _split,
+    "edit": _edit,
+    "diff": _diff,
+    "export --check": _export_check,
+    "export": _export,
+}
+
+
 def consumers(number: int) -> Iterator[tuple[str, Callable[[Subject], None]]]:
     """What reads the case of that number, by name."""
     yield "inspect", _inspect
@@ -265,6 +333,6 @@ def consumers(number: int) -> Iterator[tuple[str, Callable[[Subject], None]]]:
     yield "from_pretrained", _from_pretrained
     mode = ("continue", "stack", "merge")[number % 3]
     yield f"begin {mode}", lambda subject: _begin(subject, mode)
-    if number % 5 == 0:
-        yield "lamina inspect", lambda subject: _cli(subject, "inspect")
-        yield "lamina lineage", lambda subject: _cli(subject, "lineage")
+    others = [*_OTHERS.items()]
+    for step in (0, 3, 7):
+        yield others[(number + step) % len(others)]

@@ -347,7 +347,7 @@ def same_in_two_shards(rng: random.Random, path: Path) -> str | None:
     if len(found) < 2:
         return None
     one, other = rng.sample(found, 2)
-    header, data = parts(one)
+    header, _ = parts(one)
     name, entry = _one(rng, header)
     begin, end = entry["data_offsets"]
     into, held = parts(other)

@@ -15,12 +15,17 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 CPU_SECONDS, WALL_SECONDS = 5.0, 20.0
 MEMORY = 600 * 1024 * 1024
 _ADDRESSES = 4 << 30
+_NEVER = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link"}
+_ALLOWED = ("/dev/", "/proc/self/")
 
 
 class HangError(BaseException):
@@ -97,6 +102,39 @@ def _last_frames(error: BaseException | None) -> str:
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in ours[:-5:-1])
 
 
+class Watch:
+    """Sees, from Python's own audit, what no reader of files has to do.
+
+    Args:
+        folder: the only place where something may be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.seen: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _NEVER:
+            self.seen.append(f"{event} {str(arguments)[:100]}")
+        elif event == "open":
+            if isinstance(arguments[2], int) and arguments[2] & _WRITES:
+                self._check(event, arguments[0])
+        elif event in _CHANGES and not _is_relative(arguments[-1]):
+            self._check(event, arguments[0])
+
+    def _check(self, event: str, path: Any) -> None:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            place = os.path.abspath(os.fsdecode(path))
+            if not place.startswith((self.folder, *_ALLOWED)):
+                self.seen.append(f"{event} {place[:200]}")
+
+
+def _is_relative(folder: Any) -> bool:
+    """Whether a name is looked up in a folder that is open, as when a tree is removed."""
+    return isinstance(folder, int) and folder >= 0
+
+
 class _Memory:
     """The peak of this process since it was last asked."""
 
@@ -142,15 +180,19 @@ def main(corpus: Path, folder: Path, numbers: list[int]) -> None:
     signal.signal(signal.SIGALRM, _alarm)
     signal.signal(signal.SIGPROF, _alarm)
     _limit_addresses()
-    memory = _Memory()
+    memory, watch = _Memory(), Watch(folder.parent)
     for number in numbers:
         print(json.dumps({"begin": number}), flush=True)
         with mutant(number, corpus, folder) as (case, path):
             memory.reset()
+            watch.seen.clear()
             subject = Subject(path, case.kind, corpus)
             outcomes = []
             for name, consume in consumers(number):
-                outcome = _consume(name, lambda consume=consume: consume(subject))
+                outcome = _consume(name, partial(consume, subject))
+                if watch.seen:
+                    outcome.failure = outcome.failure or f"it does {'; '.join(watch.seen[:3])}"
+                    watch.seen.clear()
                 outcomes.append(vars(outcome))
                 if memory.risen > MEMORY:
                     outcome.failure = outcome.failure or f"{memory.risen >> 20} MiB of memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -33,8 +34,17 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on the standard output."""
-    typer.echo(escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)))
+    """One JSON document on the standard output; JSON has no NaN and no infinity, but null."""
+    told = _without_infinity(value)
+    typer.echo(escaped(json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False)))
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_error(error: LaminaError) -> None:

@@ -246,7 +246,8 @@ def _base_config(base: AnyBase | None, contents: Contents, target: Target) -> Ba
 def _recorded_base(contents: Contents) -> str | None:
     record = read_record(contents.metadata, source=contents.source)
     told = record.newest.base.name_or_path if record else None
-    return told or contents.config.get("base_model_name_or_path")
+    named = told or contents.config.get("base_model_name_or_path")
+    return named if isinstance(named, str) else None
 
 
 def _without_base_copies(
