@@ -99,7 +99,7 @@ def split(path: str | Path, out: str | Path, **where: Any) -> SplitReport:
             tokenizer = copy_tokenizer(path, staging / name)
     summed = _summed_biases(chain)
     parts = [
-        _part(place, chain, index, selection, own, summed)
+        _part(place, file, chain, index, selection, own, summed)
         for index, (selection, own) in enumerate(zip(selections, files, strict=True))
     ]
     return SplitReport(str(place), tuple(parts), tokenizer)
@@ -135,6 +135,7 @@ def _summed_biases(chain: Chain) -> dict[str, int]:
 
 def _part(
     place: Path,
+    file: AdapterFile,
     chain: Chain,
     index: int,
     selection: Selection,
@@ -157,8 +158,13 @@ def _part(
         rows=len(rows),
         parameters=sum(tensor.numel() for tensor in own.tensors.values()),
         left_out=record.left_out,
-        notes=tuple(_notes(chain, index, selection, summed)),
+        notes=(*_notes(chain, index, selection, summed), *_task_note(file, own)),
     )
+
+
+def _task_note(file: AdapterFile, own: AdapterFile) -> Iterator[str]:
+    if file.config.task_type is not None and own.config.task_type is None:
+        yield "task_type is left out, since its head is another stage's: load that one after this"
 
 
 def _notes(chain: Chain, index: int, selection: Selection, summed: dict[str, int]) -> Iterator[str]:
