@@ -229,6 +229,9 @@ class Merge(FromInputs):
     def prepare(self, work: Path) -> None:
         base = models.tiny_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=3)
         base.save_pretrained(work / "base", max_shard_size="200KB")
+        for file in files_in(work / "base"):
+            # Some are made for their owner only.
+            file.chmod(0o644)
         for seed, label in enumerate(self.sources):
             model = get_peft_model(base, llama_lora())
             fill_trainable(model, seed)

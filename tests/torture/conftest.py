@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from tests.torture.disk import Disk
 from tests.torture.figures import Figures
 from tests.torture.frame import Server
 
@@ -54,3 +58,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("notes"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A directory that every user may look into, unlike pytest's own."""
+    made = Path(tempfile.mkdtemp(prefix="lamina-torture-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def disk(open_path: Path) -> Iterator[Disk]:
+    """A small disk of its own, in memory; skipped where nothing can be mounted."""
+    made = Disk(open_path / "disk")
+    made.path.mkdir()
+    if not made.mount():
+        pytest.skip("can't mount here")
+    yield made
+    made.unmount()

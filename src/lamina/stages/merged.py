@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from lamina.checkpoint.stream.restart import check_free
 from lamina.errors import ConfigError
 from lamina.model.merging import Target, check_target
 from lamina.stages.merge_report import MergeReport, Verification, Verified
 from lamina.stages.merged_files import refuse_occupied, refuse_sources
 from lamina.stages.merged_in_memory import Request, merge_in_memory
 from lamina.stages.merged_streaming import NotStreamable, merge_streaming, prepare
+from lamina.storage.atomic import check_writable
+from lamina.storage.disk import disk_faults_reported
 
 __all__ = ["MergeReport", "Verification", "Verified", "save_merged"]
 
@@ -59,8 +62,9 @@ def save_merged(
         options: see `lamina.load`.
 
     Raises:
-        CheckpointError: `out` has files already, or is where the adapter or the base lies; the
-            disk is too small; the result isn't what it should be.
+        CheckpointError: `out` has files already, can't be written, or is where the adapter or the
+            base lies; the disk is too small; the result isn't what it should be.
+        DirectoryInUseError: another process writes to `out`.
         StageError: the base is not the one that the adapter was trained on.
         FoldError: the base can't be written, or is quantised and no target is given, or the sum
             has NaN or infinity.
@@ -73,6 +77,8 @@ def save_merged(
     place = Path(out).expanduser()
     refuse_sources(place, [str(path), base or ""])
     refuse_occupied(place, force)
+    check_writable(place)
+    check_free(place)
     asked = Request(path, place, base, dtype, target, verify, options)
     if streaming is False:
         return merge_in_memory(asked, None)
@@ -85,4 +91,5 @@ def save_merged(
                 cure="leave streaming=True out, and it is done in memory",
             ) from error
         return merge_in_memory(asked, str(error))
-    return merge_streaming(prepared, told)
+    with disk_faults_reported(place):
+        return merge_streaming(prepared, told)

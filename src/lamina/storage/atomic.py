@@ -29,6 +29,7 @@ from lamina.storage.exchange import PinnedError, swap_in
 from lamina.storage.inplace import replace_in_place
 from lamina.storage.mounts import mounts_within
 from lamina.storage.staging import (
+    check_free,
     held,
     hidden_siblings,
     remove_tree,
@@ -199,6 +200,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: it is a file, is below one, or the system forbids it.
+        DirectoryInUseError: another save of it goes on.
     """
     target = _resolved(path)
     if os.path.lexists(target) and not target.is_dir():
@@ -224,6 +226,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             f"Can't write to '{ground}', so not to '{target}' either: permission denied.",
             cure=f"save to another directory, or chmod u+w '{ground}'",
         )
+    check_free(target)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lamina.errors import CheckpointError
+from lamina.storage.atomic import check_writable
 
 
 def check_destination(
@@ -20,9 +21,11 @@ def check_destination(
         force: save into a directory that has files already.
 
     Raises:
-        CheckpointError: it is one of the sources, or has files already.
+        CheckpointError: it is one of the sources, has files already, or can't be written.
+        DirectoryInUseError: another process writes to it.
     """
     place = Path(out).expanduser()
+    check_writable(place)
     # As a save resolves it: `a/../b` is `b` even where there is no `a`.
     real = Path(os.path.realpath(place))
     for source in sources:

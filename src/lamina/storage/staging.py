@@ -113,33 +113,60 @@ def sweep(target: Path, own: Path | None = None) -> None:
     if os.path.lexists(target):
         # Without the target an old tree is not rubbish but the only copy.
         for aside in hidden_siblings(target, "old"):
-            _removed(aside)
-    leftovers = hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
-    living = [staging for staging in leftovers if staging != own and not _removed(staging)]
-    if living:
-        raise _in_use(target, living[0])
+            with held(aside) as ours:
+                _remove_if_dead(aside, ours)
+    living = None
+    for staging in _stagings(target):
+        if staging != own:
+            with held(staging) as ours:
+                _remove_if_dead(staging, ours)
+                living = staging if ours is False else living
+    if living is not None:
+        raise _in_use(target, living)
 
 
-def _removed(leftover: Path) -> bool:
-    """False where another holds it; else it is gone, or young and without locks to tell by."""
-    with held(leftover) as ours:
-        if ours or (ours is None and _age(leftover) > _ABANDONED_AFTER_S):
-            remove_tree(leftover)
-        return ours is not False
+def check_free(target: Path) -> None:
+    """Ask, without changing anything, whether another save of `target` goes on.
+
+    Raises:
+        DirectoryInUseError: it does.
+    """
+    for staging in _stagings(target):
+        with held(staging) as ours:
+            if ours is False:
+                raise _in_use(target, staging)
+
+
+def in_use(target: Path, pid: int | str, since: float | None = None) -> DirectoryInUseError:
+    """The error that tells a second writer of the first.
+
+    Args:
+        target: the directory that both want.
+        pid: the process that was first.
+        since: seconds since 1970.
+    """
+    began = "" if since is None else time.strftime(" since %H:%M:%S", time.localtime(since))
+    who = "Another thread of this process" if str(pid) == str(os.getpid()) else "Another process"
+    return DirectoryInUseError(
+        f"{who} ({pid}) has been writing to '{target}'{began}; nothing of this save was written.",
+        cure="wait until it is done, or save to another directory; where several processes train "
+        "together, only the first one saves",
+    )
 
 
 def _in_use(target: Path, living: Path) -> DirectoryInUseError:
     found = re.search(f"{_TOKEN}$", living.name)
     pid, since = (found[1], found[2]) if found else ("unknown", None)
-    began = time.strftime(" since %H:%M:%S", time.localtime(int(since, 16))) if since else ""
-    who = f"Another process ({pid})"
-    if pid == str(os.getpid()):
-        who = f"Another thread of this process ({pid})"
-    return DirectoryInUseError(
-        f"{who} has been writing to '{target}'{began}; nothing of this save was written.",
-        cure="wait until it is done, or save to another directory; where several processes train "
-        "together, only the first one saves",
-    )
+    return in_use(target, pid, int(since, 16) if since else None)
+
+
+def _stagings(target: Path) -> list[Path]:
+    return hidden_siblings(target, "saving") + hidden_siblings(target, "saving", target)
+
+
+def _remove_if_dead(leftover: Path, ours: bool | None) -> None:
+    if ours or (ours is None and _age(leftover) > _ABANDONED_AFTER_S):
+        remove_tree(leftover)
 
 
 def remove_tree(directory: Path) -> None:

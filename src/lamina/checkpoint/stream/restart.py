@@ -10,18 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import CheckpointError
+from lamina.errors import DirectoryInUseError
 from lamina.storage.carry import sync_file, sync_folder
-from lamina.storage.staging import held, remove_tree
+from lamina.storage.staging import held, in_use, remove_tree
 
 _MANIFEST = "lamina_merge.json"
 _DONE = "lamina_merge_done.txt"
+_MODEL = "model"
+_WRITER = "lamina_merge_writer.json"
 
 
 @dataclass
@@ -29,7 +33,7 @@ class Unfinished:
     """A merge in progress.
 
     Attributes:
-        directory: where its files are.
+        directory: all that belongs to it.
         sizes: file -> bytes, of those that are to come.
         done: the files that are finished.
         kept: how many of them were finished by a merge that was killed.
@@ -40,10 +44,15 @@ class Unfinished:
     done: set[str] = field(default_factory=set)
     kept: int = 0
 
+    @property
+    def model(self) -> Path:
+        """Where the files of the result are."""
+        return self.directory / _MODEL
+
     def finish(self, name: str) -> None:
         """Put a file on the disk, then note that it is there."""
-        sync_file(self.directory / name)
-        sync_folder((self.directory / name).parent)
+        sync_file(self.model / name)
+        sync_folder((self.model / name).parent)
         with (self.directory / _DONE).open("a", encoding="utf-8") as noted:
             noted.write(json.dumps(name) + "\n")
             noted.flush()
@@ -51,10 +60,13 @@ class Unfinished:
         self.done.add(name)
 
     def hand_over(self, target: Path) -> None:
-        """Move the finished files into a directory that is about to be published."""
-        for name in self.sizes:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(self.directory / name, target / name)
+        """Move the result into a directory that is about to be published."""
+        for entry in sorted(self.model.iterdir()):
+            shutil.move(entry, target / entry.name)
+
+    def discard(self) -> None:
+        """Keep nothing of it: it would come out the same again."""
+        remove_tree(self.directory)
 
 
 def place_of(target: Path) -> Path:
@@ -82,22 +94,43 @@ def unfinished(
         headers: file -> its first bytes.
 
     Raises:
-        CheckpointError: another process is at it.
+        DirectoryInUseError: another process is at it.
     """
     directory = place_of(target)
     directory.mkdir(parents=True, exist_ok=True)
     with held(directory) as ours:
         if ours is False:
-            raise CheckpointError(
-                f"Another process is merging into '{target}'.",
-                cure="wait for it, or merge to another directory",
-            )
+            raise _in_use(target, directory)
         place = Unfinished(directory, sizes, _finished(directory, identity, sizes, headers))
         place.kept = len(place.done)
         if not place.done:
             _begin(directory, identity)
+        place.model.mkdir(exist_ok=True)
+        writer = {"pid": os.getpid(), "since": time.time()}
+        (directory / _WRITER).write_text(json.dumps(writer), encoding="utf-8")
         yield place
         remove_tree(directory)
+
+
+def check_free(target: Path) -> None:
+    """Ask, without changing anything, whether another merge into `target` goes on.
+
+    Raises:
+        DirectoryInUseError: it does.
+    """
+    directory = place_of(target)
+    with held(directory) as ours:
+        if ours is False:
+            raise _in_use(target, directory)
+
+
+def _in_use(target: Path, directory: Path) -> DirectoryInUseError:
+    try:
+        writer = json.loads((directory / _WRITER).read_text(encoding="utf-8"))
+        return in_use(target, int(writer["pid"]), float(writer["since"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        # It has just begun.
+        return in_use(target, "unknown")
 
 
 def _begin(directory: Path, identity: Mapping[str, Any]) -> None:
@@ -126,7 +159,8 @@ def _finished(
         return {
             name
             for name in sizes
-            if json.dumps(name) in lines and _looks_it(directory / name, sizes[name], headers[name])
+            if json.dumps(name) in lines
+            and _looks_it(directory / _MODEL / name, sizes[name], headers[name])
         }
     return set()
 
