@@ -13,7 +13,6 @@ from torch import nn
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.chain import makers_of
 from lamina.checkpoint.probe import ProbeComparison
-from lamina.checkpoint.record import StageRecord
 from lamina.engine.variants import variant_for
 from lamina.errors import CheckpointError, StageError, nearest
 from lamina.stages.adalora import as_plain_lora
@@ -200,7 +199,7 @@ def _report(
         ),
         tokenizer=tokenizer,
         probe=comparison,
-        notes=tuple(_notes(selection, record)),
+        notes=tuple(_notes(file, selection, flat)),
     )
 
 
@@ -208,7 +207,10 @@ def _count(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _notes(selection: Selection, record: StageRecord) -> Iterator[str]:
+def _notes(file: AdapterFile, selection: Selection, flat: Flat) -> Iterator[str]:
+    record = flat.record
+    if file.config.task_type is not None and flat.file.config.task_type is None:
+        yield "task_type is left out, since its head is that of a stage that is left out"
     if record.left_out:
         yield (
             f"trained on top of {', '.join(record.left_out)}, left out here; without that it is "
