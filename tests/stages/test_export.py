@@ -15,7 +15,7 @@ from lamina.checkpoint.adapter import WEIGHTS_NAME
 from lamina.checkpoint.export.base_config import read_base_config
 from lamina.checkpoint.export.gguf import Gguf
 from lamina.checkpoint.export.registry import TARGETS
-from lamina.errors import CheckpointError, ExportError, StageError
+from lamina.errors import CheckpointError, ConfigError, ExportError, StageError
 from lamina.stages.export import check_export, export
 from tests import models
 from tests.adapters import llama_adapter
@@ -192,6 +192,21 @@ def test_an_unknown_target_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="'vlm'") as refused:
         check_export(made.write(tmp_path / "a"), target="vlm")
     assert "'vllm'" in str(refused.value.cure)
+
+
+def test_a_config_that_cannot_be_honoured_is_told_before_anything_else(tmp_path: Path) -> None:
+    config = made.adapter_config(r="two", modules_to_save=7)
+    with pytest.raises(ConfigError) as refused:
+        export(made.write(tmp_path / "a", config=config), tmp_path / "out", target="vllm")
+    assert len(refused.value.faults) == 2
+
+
+def test_no_code_of_a_base_is_run(tmp_path: Path) -> None:
+    base = made.base_config(tmp_path / "base", model_type="x", auto_map={"AutoConfig": "evil.C"})
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    with pytest.raises(ExportError, match="can't be read"):
+        check_export(made.write(tmp_path / "a"), target="gguf", base=base)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from lamina.stages.begin import begin_stage
 from lamina.stages.edit import drop_last_stage, rename_stage
+from lamina.stages.export import check_export, export
 from lamina.stages.flatten import flatten
 from lamina.stages.lineage import lineage
 from lamina.stages.load import load
@@ -12,7 +13,9 @@ from lamina.stages.verify import VerifyReport, verify
 __all__ = [
     "VerifyReport",
     "begin_stage",
+    "check_export",
     "drop_last_stage",
+    "export",
     "flatten",
     "lineage",
     "load",

@@ -137,8 +137,8 @@ def test_experts_ranks_are_counted_one_by_one() -> None:
         f"{made.PREFIX}model.layers.0.mlp.experts.lora_B.weight": (24, 2 * 32),
     }
     found = contents(experts, target_parameters=["mlp.experts.down_proj"])
+    # 2 in each of 32; one module beside them has 3.
     assert found.rank == 3
-    assert vllm_faults(found) == []
     assert "experts" in vllm_notes(found)[0].what
 
 
@@ -159,3 +159,16 @@ def test_contents_are_read_from_a_directory_whatever_prefixes_its_names_have(
 def test_a_rank_limit_is_known_without_torch() -> None:
     code = "import lamina.checkpoint.export.limits, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"q": 2}}, {"alpha_pattern": {"q": 2}}])
+def test_patterns_beside_experts_are_refused(pattern: dict[str, Any]) -> None:
+    experts = {
+        f"{made.PREFIX}model.layers.0.mlp.experts.lora_A.weight": (2 * 32, 16),
+        f"{made.PREFIX}model.layers.0.mlp.experts.lora_B.weight": (24, 2 * 32),
+    }
+    none: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    settings = {"target_parameters": ["mlp.experts.down_proj"], **none}
+    assert vllm_faults(contents(experts, **settings)) == []
+    (fault,) = vllm_faults(contents(experts, **settings | pattern))
+    assert next(iter(pattern)) in fault.what

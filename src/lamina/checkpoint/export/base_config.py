@@ -40,8 +40,9 @@ def read_base_config(path_or_id: str) -> BaseConfig:
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(path_or_id)
-    except (OSError, ValueError, KeyError) as error:
+        config: Any = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+    except Exception as error:
+        # A file that is no config makes transformers raise whatever it likes.
         said = str(error).strip().partition("\n")[0]
         raise ExportError(
             f"The config of the base '{path_or_id}' can't be read: {said}",

@@ -122,6 +122,7 @@ def read_contents(path_or_id: PathOrId, **where: Any) -> Contents:
 
     Raises:
         CheckpointError: a file is missing or broken, or is a pickle.
+        ConfigError: the config can't be honoured.
     """
     files = find_adapter(path_or_id, **where)
     if files.pickle:
@@ -136,7 +137,10 @@ def read_contents(path_or_id: PathOrId, **where: Any) -> Contents:
         entries, strings = read_header(file)
         header.update(entries)
         metadata.update(strings)
-    return sort_contents(files.root, PeftConfig.from_json_file(files.config), header, metadata)
+    config = PeftConfig.from_json_file(files.config)
+    # What is wrong in it is told by its own checks, all at once.
+    PeftConfig.from_dict(config, source=str(files.config))
+    return sort_contents(files.root, config, header, metadata)
 
 
 def sort_contents(

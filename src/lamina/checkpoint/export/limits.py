@@ -39,6 +39,7 @@ def vllm_faults(
         *_limit_faults(max_rank),
         *_rank_faults(contents.rank if rank is None else min(contents.rank, rank), max_rank),
         *plain_faults(contents, "vLLM", _MERGE, takes_whole=heads if len(heads) == 1 else ()),
+        *_expert_faults(contents),
     ]
 
 
@@ -71,6 +72,15 @@ def vllm_notes(contents: Contents) -> list[Finding]:
             )
         )
     return notes
+
+
+def _expert_faults(contents: Contents) -> list[Finding]:
+    """Patterns mean the parameters, two of which have the name of one module in the file."""
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if contents.config.get(name)]
+    if not patterns or not any(contents.is_parameter(each) for each in contents.factors):
+        return []
+    what = f"fused experts are adapted, and there is a {' and a '.join(patterns)}"
+    return [Finding(what, f"one rank and one alpha for all would be taken; else {_MERGE}")]
 
 
 def _limit_faults(max_rank: int) -> list[Finding]:
