@@ -73,8 +73,9 @@ def doctor(
 
 
 def _print(out: Console, found: Examination) -> None:
-    against = f"  against {found.base}" if found.base else ""
-    out.print(Text.assemble((found.path, "bold"), against))
+    out.print(Text(found.path, style="bold"), soft_wrap=True)
+    if found.base:
+        out.print(f"against {found.base}", soft_wrap=True)
     for finding in found.findings:
         out.print()
         _print_finding(out, finding)

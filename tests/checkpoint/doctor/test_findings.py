@@ -66,6 +66,10 @@ def both(*changes: Change) -> Change:
     return lambda parts: [change(parts) for change in changes]
 
 
+def zeroed(name: str) -> Change:
+    return edit(name, torch.zeros_like)
+
+
 Q0A, Q0B = key(0, "q_proj", "A"), key(0, "q_proj", "B")
 V3A = key(3, "v_proj", "A")
 
@@ -194,6 +198,7 @@ PLAIN: list[tuple[str, str, Change, str]] = [
         ),
         "lm_head",
     ),
+    ("error", "file-end-zero", both(*[zeroed(key(5, "v_proj", s)) for s in "AB"]), "layers.5"),
     ("note", "vllm-rank", every("A", lambda t: t.repeat(4, 1)), "q_proj"),
     ("note", "vllm-refuses", config(modules_to_save=["lm_head"], use_dora=True), ""),
     ("note", "vllm-scaling", config(alpha_pattern={"v_proj": 4}), "v_proj: 0.5"),

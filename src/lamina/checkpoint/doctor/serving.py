@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lamina.checkpoint.doctor.evidence import StoredTensor
 from lamina.checkpoint.doctor.findings import Finding, Severity
 from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.export.contents import Contents
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK, VLLM_RANKS, rank_flag, vllm_faults
+from lamina.storage.misplaced import SAFETENSORS_NAME
 
 
 @check
@@ -39,6 +41,16 @@ def vllm(contents: Contents, target: str) -> Iterator[Finding]:
             continue
         what = f"vLLM would refuse it: {fault.what}"
         yield Finding(_severity(target), "vllm-refuses", what, (), fault.cure)
+
+
+@check
+def vllm_shards(tensors: Mapping[str, StoredTensor], target: str) -> Iterator[Finding]:
+    """Whether the weights are in the file that vLLM opens."""
+    files = sorted({each.file.name for each in tensors.values()} - {SAFETENSORS_NAME})
+    if files:
+        what = f"vLLM would refuse it: it opens {SAFETENSORS_NAME} alone, no shards"
+        cure = "`lamina export DIR --for vllm -o OUT` writes a single file"
+        yield Finding(_severity(target), "vllm-refuses", what, tuple(files), cure)
 
 
 @check

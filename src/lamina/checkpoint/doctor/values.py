@@ -183,6 +183,27 @@ def zero_tensors(
 
 
 @check
+def zero_end(tensors: Mapping[str, StoredTensor], measures: Measures) -> Iterator[Finding]:
+    """Whether the end of a file was never written."""
+    tails: dict[str, list[str]] = {}
+    for name in sorted(measures.values, key=lambda n: (tensors[n].file.name, tensors[n].begin)):
+        tail = tails.setdefault(tensors[name].file.name, [])
+        if measures.values[name].zero:
+            tail.append(name)
+        else:
+            tail.clear()
+    for file, names in tails.items():
+        # A is never zero by itself, and a B that was not trained is no longer run.
+        if len(names) >= 2 and any(".lora_A" in name for name in names):
+            what = f"The last {len(names)} tensors of {file} are all zero: a download or copy that "
+            cure = "copy, download or save the file again"
+            where = tuple(tensors[name].key for name in names)
+            yield Finding(
+                "error", "file-end-zero", f"{what}was cut off looks like this", where, cure
+            )
+
+
+@check
 def dead_ranks(measures: Measures) -> Iterator[Finding]:
     """Ranks that do nothing beside the others of their module."""
     dead = {}
