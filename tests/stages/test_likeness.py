@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -286,20 +285,11 @@ def test_initialisations_that_change_the_base_are_not_in_the_sketch(tmp_path: Pa
     begin_stage(named(), name="two", parent=tmp_path / "one", mode="continue")
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MismatchWarning)
-        yield
-
-
 def damage(record: Any, **changes: Any) -> None:
     record["stages"][-1]["base"]["sketch"].update(changes)
 
 
 def test_a_damaged_sketch_says_so(chain: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(chain / "domain", tmp_path / "one")
     rewrite_record(tmp_path / "one", lambda record: damage(record, values="????"))
     before = tensors_of(tmp_path / "one")
