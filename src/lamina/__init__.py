@@ -43,6 +43,7 @@ from lamina.errors import (
 )
 
 if TYPE_CHECKING:
+    from lamina.checkpoint.doctor import examine
     from lamina.config import (
         AdaLoraConfig,
         ArrowConfig,
@@ -202,6 +203,7 @@ __all__ = [
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
     "drop_last_stage",
+    "examine",
     "export",
     "extract_lora",
     "find_all_linear_names",
@@ -232,6 +234,7 @@ __all__ = [
 
 # Where a name lives that is neither an error nor of the facade.
 _ELSEWHERE = {
+    "lamina.checkpoint.doctor": {"examine"},
     "lamina.config": {
         "AdaLoraConfig",
         "ArrowConfig",
