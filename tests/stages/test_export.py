@@ -17,6 +17,7 @@ from lamina.checkpoint.export.gguf import Gguf
 from lamina.checkpoint.export.registry import TARGETS
 from lamina.errors import CheckpointError, ConfigError, ExportError, StageError
 from lamina.stages.export import check_export, export
+from lamina.stages.verify import verify
 from tests import models
 from tests.adapters import llama_adapter
 from tests.checkpoint.export import made
@@ -216,3 +217,16 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     torch.save(tensors, adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="pickle"):
         export(adapter, tmp_path / "out", target="vllm")
+
+
+def test_an_export_can_be_verified_and_one_that_is_rounded_says_why_not(
+    tmp_path: Path, base: Path, chain: Path
+) -> None:
+    report = export(chain, tmp_path / "out", target="vllm")
+    assert not report.notes
+    assert verify(tmp_path / "out", base).proved
+    rounded = export(chain, tmp_path / "half", target="vllm", dtype=torch.bfloat16)
+    assert "answers are left out" in rounded.notes[0].what
+    found = verify(tmp_path / "half", base)
+    assert not found.proved
+    assert found.passed

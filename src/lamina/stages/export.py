@@ -12,12 +12,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from lamina.checkpoint.adapter import WEIGHTS_NAME
 from lamina.checkpoint.export.base_config import BaseConfig, base_config, read_base_config
 from lamina.checkpoint.export.contents import Contents, Finding, read_contents
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
 from lamina.checkpoint.export.registry import TARGETS, target_named
 from lamina.checkpoint.export.target import Options, Target
-from lamina.checkpoint.export.updates import largest_difference, read_updates
+from lamina.checkpoint.export.updates import (
+    Updates,
+    largest_difference,
+    loses_digits,
+    read_updates,
+)
 from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.probe import ProbeComparison
 from lamina.checkpoint.record import read_record
@@ -198,7 +204,7 @@ def export(
         rank=(min(ranks, default=0), max(ranks, default=0)),
         dtype=", ".join(sorted({str(x.A.dtype).removeprefix("torch.") for x in found.values()})),
         files=files,
-        notes=tuple(checked.notes),
+        notes=(*checked.notes, *_rounding_notes(contents, updates, options, chosen)),
         compression=compression,
         difference=difference,
         module=module,
@@ -274,6 +280,22 @@ def _is_base(tensor: torch.Tensor, known: WeightsOnDisk, name: str) -> bool:
         return False
     mine = known[name]
     return mine.shape == tensor.shape and torch.equal(mine.to(tensor.dtype), tensor)
+
+
+def _rounding_notes(
+    contents: Contents, updates: Updates, options: Options, target: Target
+) -> list[Finding]:
+    record = read_record(contents.metadata, source=contents.source)
+    has_answers = record is not None and record.newest.probe is not None
+    verifiable = options.keep_record and WEIGHTS_NAME in target.files and has_answers
+    if not verifiable or not loses_digits(updates, options.dtype):
+        return []
+    return [
+        Finding(
+            "the recorded answers are left out, since rounded factors answer otherwise",
+            "without --dtype they stay, and `lamina verify` replays them",
+        )
+    ]
 
 
 def _refuse_difference(difference: float, module: str | None, dtype: torch.dtype | None) -> None:

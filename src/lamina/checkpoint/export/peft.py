@@ -20,7 +20,7 @@ from lamina.checkpoint.export.peft_files import (
     write_peft,
 )
 from lamina.checkpoint.export.target import Checked, Options
-from lamina.checkpoint.export.updates import Updates, in_dtype
+from lamina.checkpoint.export.updates import Updates, in_dtype, loses_digits
 from lamina.checkpoint.header import read_header
 from lamina.config import LoraConfig
 from lamina.engine.compose import Factors
@@ -65,11 +65,12 @@ class Peft:
             if options.dtype is not None:
                 factors = in_dtype(factors, options.dtype)
             tensors.update(zip(each.keys, (factors.A, factors.B), strict=True))
+        rounded = loses_digits(updates, options.dtype)
         write_peft(
             directory,
             without_empty(contents.config),
             tensors,
-            metadata_for(contents, tensors, keep=options.keep_record),
+            metadata_for(contents, tensors, keep=options.keep_record, rounded=rounded),
         )
 
     def read_back(self, updates: Updates, directory: Path, options: Options) -> dict[str, Factors]:

@@ -51,6 +51,8 @@ def plain_config(contents: Contents, ranks: Mapping[str, int], scaling: float) -
     return {
         **{name: value for name, value in chosen.items() if value not in (None, [], {})},
         "peft_type": "LORA",
+        # vLLM stops where the field isn't there, whatever it says.
+        "target_modules": chosen["target_modules"],
         "r": rank,
         "lora_alpha": tidy(scaling * rank),
         "rank_pattern": smaller,
@@ -106,7 +108,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def metadata_for(
-    contents: Contents, tensors: Mapping[str, torch.Tensor] | None, *, keep: bool
+    contents: Contents,
+    tensors: Mapping[str, torch.Tensor] | None,
+    *,
+    keep: bool,
+    rounded: bool = False,
 ) -> dict[str, str]:
     """The strings for the header: those of the file, or none.
 
@@ -115,6 +121,8 @@ def metadata_for(
         tensors: what is written under PEFT's names, so that the record can tell it by its digest;
             None where the format has other names.
         keep: whether the stage record goes along.
+        rounded: whether numbers were rounded to a narrower dtype, so that the recorded answers no
+            longer hold.
     """
     if not keep:
         return {}
@@ -122,5 +130,9 @@ def metadata_for(
     record = read_record(strings, source=contents.source)
     if record is not None:
         digest = None if tensors is None or record.weights is None else tensors_digest(tensors)
-        strings[KEY] = record.model_copy(update={"weights": digest}).to_metadata()[KEY]
+        stages = record.stages
+        if rounded:
+            stages = (*stages[:-1], record.newest.model_copy(update={"probe": None}))
+        update = {"weights": digest, "stages": stages}
+        strings[KEY] = record.model_copy(update=update).to_metadata()[KEY]
     return strings

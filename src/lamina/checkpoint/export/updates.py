@@ -75,6 +75,17 @@ def in_dtype(factors: Factors, dtype: torch.dtype | None) -> Factors:
     return replace(factors, A=factors.A.to(wanted), B=factors.B.to(wanted))
 
 
+def loses_digits(updates: Updates, dtype: torch.dtype | None) -> bool:
+    """Whether any entry of a factor is another number in this dtype."""
+    if dtype is None:
+        return False
+    return not all(
+        torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+        for each in updates.factors.values()
+        for tensor in (each.A, each.B)
+    )
+
+
 def padded(factors: Factors, rank: int) -> Factors:
     """The same update with a larger rank: zeros are added to A and B."""
     missing = rank - factors.rank

@@ -23,7 +23,7 @@ from lamina.checkpoint.export.peft_files import (
     write_peft,
 )
 from lamina.checkpoint.export.target import Checked, Options
-from lamina.checkpoint.export.updates import Updates, in_dtype, one_scaling
+from lamina.checkpoint.export.updates import Updates, in_dtype, loses_digits, one_scaling
 from lamina.checkpoint.origin import PREFIX
 from lamina.checkpoint.shapes import FactorShapes
 from lamina.engine.compose import Factors
@@ -56,11 +56,12 @@ class Vllm:
         }
         tensors = {**factor_tensors(contents, factors), **heads}
         ranks = {contents.parameter_name(each): contents.rank_of(each) for each in contents.factors}
+        rounded = loses_digits(updates, options.dtype)
         write_peft(
             directory,
             plain_config(contents, ranks, scaling),
             tensors,
-            metadata_for(contents, tensors, keep=options.keep_record),
+            metadata_for(contents, tensors, keep=options.keep_record, rounded=rounded),
         )
 
     def read_back(self, updates: Updates, directory: Path, options: Options) -> dict[str, Factors]:
