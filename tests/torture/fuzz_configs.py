@@ -133,7 +133,7 @@ def slow_pattern(rng: random.Random, path: Path) -> str:
 def many_entries(rng: random.Random, path: Path) -> str:
     values = _values(path)
     kind = rng.choice(["targets", "saved", "ranks", "patterns", "rows", "layers", "excluded"])
-    count = rng.choice([1_000, 20_000, 200_000])
+    count = rng.choice([*[1_000] * 6, *[20_000] * 2, 200_000])
     names = [f"x{i}_proj" for i in range(count)]
     match kind:
         case "targets":

@@ -125,6 +125,6 @@ def _duplicated(text: str) -> str:
 def rewritten(rng: random.Random, text: str) -> tuple[str, bytes]:
     """(what was done, the new text)."""
     name = rng.choice(sorted(WHOLE))
-    if name in LARGE and rng.random() < 0.7:
+    if name in LARGE and rng.random() < 0.85:
         name = "duplicate"
     return name, WHOLE[name](text)

@@ -146,7 +146,7 @@ def record_names(rng: random.Random, path: Path) -> str | None:
 
 def record_many(rng: random.Random, path: Path) -> str | None:
     def edit(record: Record) -> str:
-        count = rng.choice([100, 3_000, 30_000])
+        count = rng.choice([*[100, 3_000] * 3, 30_000])
         kind = rng.choice(["stages", "laminae", "ranks", "saved", "tensors of a sketch", "tokens"])
         first = record["stages"][0]
         match kind:

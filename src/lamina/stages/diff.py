@@ -18,7 +18,7 @@ from lamina.checkpoint.shapes import natural_order
 from lamina.config import LoraConfig, numbers
 from lamina.engine.compose import Factors, concatenate
 from lamina.errors import CheckpointError, StageError, nearest
-from lamina.stages.lamination import Chain, Part, take_apart
+from lamina.stages.lamination import Chain, Part, check_finite, take_apart
 
 # What a config says of its surroundings, or that is shown as ranks and stages anyway.
 _NOT_SHOWN = frozenset({"peft_version", "inference_mode", "auto_mapping"})
@@ -143,6 +143,7 @@ def _open(asked: str) -> _Opened:
     if not directory or Path(asked).expanduser().exists():
         directory, stage = asked, ""
     chain = take_apart(read_adapter(directory))
+    check_finite(chain)
     stages = [each.name for each in chain.record.stages]
     parts = chain.parts
     if stage:

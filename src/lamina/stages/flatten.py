@@ -14,12 +14,12 @@ from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.chain import makers_of
 from lamina.checkpoint.probe import ProbeComparison
 from lamina.engine.variants import variant_for
-from lamina.errors import CheckpointError, StageError, nearest
+from lamina.errors import StageError, nearest
 from lamina.stages.adalora import as_plain_lora
 from lamina.stages.approximate import approximate_updates
 from lamina.stages.assembling import with_probe, write_stage
 from lamina.stages.flat import Flat, flat_of, summed
-from lamina.stages.lamination import Chain, take_apart
+from lamina.stages.lamination import Chain, check_finite, take_apart
 from lamina.stages.replay import open_base, replay
 from lamina.stages.selection import Selection, select
 from lamina.storage.atomic import atomic_directory
@@ -137,7 +137,7 @@ def flatten(
         raise StageError(
             f"{file.source} can't be flattened as asked.", faults=faults, cure=_cure(faults)
         )
-    _check_finite(chain)
+    check_finite(chain)
     selection = select(chain, indices)
     opened = None if base is None else open_base(file, chain.record, base, allow_base_mismatch)
     if variant_for(chain.parts[-1].config).is_sum:
@@ -304,18 +304,3 @@ def _cure(faults: Sequence[str]) -> str:
     return "; ".join(
         way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)
     )
-
-
-def _check_finite(chain: Chain) -> None:
-    faults = [
-        f"{module} in the ranks of {part.lamina.stage!r}"
-        for part in chain.parts
-        for module, own in part.factors.items()
-        if not (own.A.isfinite().all() and own.B.isfinite().all())
-    ]
-    if faults:
-        raise CheckpointError(
-            f"{chain.source} has NaN or infinity in {len(faults)} module(s).",
-            faults=faults[:8],
-            cure="lamina inspect DIR shows them; an earlier stage may be whole",
-        )

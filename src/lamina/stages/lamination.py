@@ -220,3 +220,23 @@ def to_tensors(wholes: Mapping[str, Factors], embeddings: set[str]) -> dict[str,
         if whole.bias is not None:
             tensors[f"{PREFIX}{module}.lora_B.bias"] = whole.bias
     return tensors
+
+
+def check_finite(chain: Chain) -> None:
+    """Refuse a chain with factors that are no numbers: no algebra can be done with them.
+
+    Raises:
+        CheckpointError: it names the modules.
+    """
+    faults = [
+        f"{module} in the ranks of {part.lamina.stage!r}"
+        for part in chain.parts
+        for module, own in part.factors.items()
+        if not (own.A.isfinite().all() and own.B.isfinite().all())
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{chain.source} has NaN or infinity in {len(faults)} module(s).",
+            faults=faults[:8],
+            cure="lamina inspect DIR shows them; an earlier stage may be whole",
+        )

@@ -23,6 +23,7 @@ from lamina.checkpoint.export.contents import Contents
 from lamina.checkpoint.record import Base, StageRecord
 from lamina.config import FORMAT_VERSION
 from lamina.config.patterns import first_match, matching
+from lamina.config.readable import numbers_hold
 from lamina.errors import nearest
 
 _CONFIG = "adapter_config.json"
@@ -53,7 +54,7 @@ def missing_fields(config: dict[str, Any]) -> Iterator[Finding]:
 @check
 def ranks(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     """Whether the ranks of the config are those of the tensors."""
-    if config.get("peft_type") == "ADALORA":
+    if config.get("peft_type") == "ADALORA" or not numbers_hold(config):
         return
     wrong = []
     for each in contents.factors:
@@ -74,7 +75,7 @@ def ranks(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
 @check
 def silent_tables(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     """Entries of rank_pattern and alpha_pattern that match nothing."""
-    if config.get("peft_type") == "ADALORA":
+    if config.get("peft_type") == "ADALORA" or not numbers_hold(config):
         return
     names = [plain_module(each.module) for each in contents.factors]
     for table in ("rank_pattern", "alpha_pattern"):
