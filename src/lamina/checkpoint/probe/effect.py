@@ -18,7 +18,7 @@ from lamina.checkpoint.record import Answers
 
 # Single logits share errors, so that there is less to average over than there are numbers.
 _SHARED = 3.0
-_CERTAIN = 0.2
+_CERTAIN = 0.5
 _ALLOWED = 0.25
 _LEAST = 16
 
@@ -41,6 +41,11 @@ class Effect:
     def is_certain(self) -> bool:
         """Whether the effect can be told from none."""
         return self.error < _CERTAIN
+
+    @property
+    def is_none(self) -> bool:
+        """Whether it is 0, within the same."""
+        return not self.is_certain or abs(self.size) <= _ALLOWED + self.error
 
     @property
     def passed(self) -> bool:

@@ -58,19 +58,24 @@ def conclude(
 
 def _tell(findings: Findings, judgement: Judgement) -> None:
     base, chain, effect = judgement.base, judgement.chain, judgement.effect
-    if base is not None and base.passed:
-        findings.passed("base answers", figures(base))
-    elif base is not None and judgement.passed:
-        findings.notes.append(
-            f"the base alone answers otherwise than on record ({figures(base)}), base and adapter "
-            "together do not"
-        )
-    elif base is not None:
-        findings.failed("base answers", figures(base))
+    if base is not None:
+        told = figures(base)
+        early = judgement.early
+        if early is not None and not early.is_none:
+            told += f"; it has {early.size:.2f} of the adapter's recorded effect by itself"
+        if judgement.base_passed:
+            findings.passed("base answers", told)
+        elif judgement.passed:
+            findings.notes.append(
+                f"the base alone answers otherwise than on record ({told}), base and adapter "
+                "together do not"
+            )
+        else:
+            findings.failed("base answers", told)
     if chain is None:
         return
     (findings.passed if chain.passed else findings.failed)("answers", figures(chain))
-    if effect is None or (base is not None and not base.passed):
+    if effect is None or not judgement.base_passed:
         # From another base, an effect says nothing.
         return
     if effect.is_certain:
@@ -109,15 +114,14 @@ def _blame_base(
 ) -> bool:
     """Whether the base is at fault; then says how."""
     blamed = findings.blames("another base", "base already merged")
-    differs = judgement.base is not None and not judgement.base.passed
-    if not blamed and not differs and judgement.base is not None:
+    if not blamed and judgement.base is not None and judgement.base_passed:
         return False
     merged = folded_into_base(record, answered)
     if merged is not None:
         findings.blame(merged)
-    elif not blamed and differs and judgement.base is not None:
+    elif not blamed and judgement.base is not None:
         findings.blame(_other_base(findings, record, probe, answered, judgement.base))
-    return blamed or differs or merged is not None
+    return blamed or not judgement.base_passed or merged is not None
 
 
 def _other_base(

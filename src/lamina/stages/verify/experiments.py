@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 
 from lamina.checkpoint.probe import along
 from lamina.checkpoint.record import Probe, StageRecord
@@ -12,6 +15,13 @@ from lamina.stages.verify.replay import Answered, Judgement, ask_both, compared,
 from lamina.stages.verify.report import Cause
 
 _AGAIN = "take the directory as save_stage wrote it"
+_STEPS, _LEAST, _NEAR = 5, 0.05, 0.3
+_NOT_APPLIED = Cause(
+    "adapter not applied",
+    "the adapter changes nothing: base and adapter answer as the base alone, and did not when the "
+    "stage was saved",
+    f"lamina inspect DIR shows whether its B matrices are all zero; {_AGAIN}",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Replayed:
 
 def find_causes(replayed: Replayed) -> Iterator[Cause]:
     """What explains the answers; the first found is enough. The base is known to be right."""
-    for look in (_not_applied, _scaled, _stages_left_out, _stages_too_many):
+    for look in (_unchanged, _stages_left_out, _scaled, _stages_too_many, _too_small):
         cause = look(replayed)
         if cause is not None:
             yield cause
@@ -58,7 +68,7 @@ def folded_into_base(record: StageRecord, answered: Answered) -> Cause | None:
         else:
             # Along the way from the recorded base to the recorded chain: 1 is at its end.
             way = along(stage.probe.chain, stage.probe.base, answered.base)
-            found = way is not None and way.is_certain and way.passed
+            found = way is not None and way.error < _NEAR and abs(way.size - 1) < _NEAR
         if not found:
             continue
         newest = stage is record.newest
@@ -73,33 +83,48 @@ def folded_into_base(record: StageRecord, answered: Answered) -> Cause | None:
     return None
 
 
-def _not_applied(replayed: Replayed) -> Cause | None:
+def _unchanged(replayed: Replayed) -> Cause | None:
     base, chain = replayed.answered.base, replayed.answered.chain
+    same = base is not None and chain is not None and torch.equal(base.values, chain.values)
+    return _NOT_APPLIED if same else None
+
+
+def _too_small(replayed: Replayed) -> Cause | None:
     effect = replayed.judgement.effect
-    same = base is not None and chain is not None and bool((base.values == chain.values).all())
-    small = effect is not None and effect.is_certain and abs(effect.size) <= 0.1 + effect.error
-    if not (same or small):
-        return None
-    return Cause(
-        "adapter not applied",
-        "the adapter changes nothing: base and adapter answer as the base alone, and did not when "
-        "the stage was saved",
-        f"lamina inspect DIR shows whether its B matrices are all zero; {_AGAIN}",
-    )
+    none = effect is not None and effect.is_certain and abs(effect.size) <= 0.1
+    return _NOT_APPLIED if none else None
 
 
 def _scaled(replayed: Replayed) -> Cause | None:
-    laminae, effect = replayed.record.laminae, replayed.judgement.effect
-    candidates = [0.5, 2.0]
-    if replayed.scale not in (None, 0.0):
-        candidates.insert(0, 1 / float(replayed.scale or 1.0))
-    if effect is not None and effect.is_certain and abs(effect.size) > 0.05:
-        candidates.append(1 / effect.size)
-    for factor in dict.fromkeys(candidates):
-        everywhere = dict.fromkeys(range(len(laminae)), factor)
-        if factor != 1.0 and _comes_out(replayed, everywhere):
-            return scaled_cause(1 / factor, replayed.record, replayed.scale)
+    effect, scale = replayed.judgement.effect, replayed.scale
+    for factor in _likely(replayed.record, scale):
+        if _under(replayed, factor).passed:
+            return scaled_cause(1 / factor, replayed.record, scale)
+    factor = 1.0
+    for _ in range(_STEPS):
+        # What a network answers is not quite proportional to the update.
+        if effect is None or not effect.is_certain or abs(effect.size) < _LEAST:
+            return None
+        factor /= effect.size
+        found = _under(replayed, factor)
+        if found.passed:
+            return scaled_cause(1 / factor, replayed.record, scale)
+        effect = found.effect
     return None
+
+
+def _likely(record: StageRecord, scale: float | None) -> list[float]:
+    """What mistakes multiply an update by: alpha or r forgotten, rsLoRA, folding in twice."""
+    newest = record.laminae[-1].config
+    r, alpha = float(newest.get("r") or 1), float(newest.get("lora_alpha") or 1)
+    known = [scale or 1.0, 2.0, alpha / r, r, math.sqrt(r), 3.0, -1.0]
+    factors = [factor for each in known for factor in (1 / each, each)]
+    return [factor for factor in dict.fromkeys(factors) if factor != 1.0]
+
+
+def _under(replayed: Replayed, factor: float) -> Judgement:
+    """What comes out with the whole update multiplied."""
+    return _replayed_with(replayed, dict.fromkeys(range(len(replayed.record.laminae)), factor))
 
 
 def scaled_cause(size: float, record: StageRecord, scale: float | None) -> Cause:
@@ -136,7 +161,7 @@ def _stages_left_out(replayed: Replayed) -> Cause | None:
 def _stages_too_many(replayed: Replayed) -> Cause | None:
     laminae = replayed.record.laminae
     for index, lamina in enumerate(laminae if len(laminae) > 1 else ()):
-        if _comes_out(replayed, {index: 0.0}):
+        if _replayed_with(replayed, {index: 0.0}).passed:
             return Cause(
                 "other stages",
                 f"the answers on record are those without the ranks of stage {lamina.stage!r}, "
@@ -146,6 +171,7 @@ def _stages_too_many(replayed: Replayed) -> Cause | None:
     return None
 
 
-def _comes_out(replayed: Replayed, factors: dict[int, float]) -> bool:
+def _replayed_with(replayed: Replayed, factors: dict[int, float]) -> Judgement:
+    """What comes out with the updates of laminae multiplied, by their index."""
     with scaled(replayed.model, replayed.adapter, replayed.record.laminae, factors):
-        return judge(replayed.probe, ask_both(replayed.model, replayed.probe.tokens)).passed
+        return judge(replayed.probe, ask_both(replayed.model, replayed.probe.tokens))

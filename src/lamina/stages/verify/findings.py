@@ -23,7 +23,13 @@ _ORDER: tuple[Kind, ...] = (
     "changed weights",
     "unknown",
 )
-_OF_WEIGHTS = {"incomplete file", "not finite", "adapter scaled", "adapter not applied"}
+_OF_WEIGHTS = {
+    "incomplete file",
+    "not finite",
+    "adapter scaled",
+    "adapter not applied",
+    "other stages",
+}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lamina.checkpoint.probe import (
     Effect,
     Outputs,
     ProbeComparison,
+    along,
     ask,
     compare_answers,
     effect_of,
@@ -45,18 +46,29 @@ class Judgement:
         base: the base alone; None where one of the two isn't known.
         chain: base and adapter, likewise.
         effect: how much of the adapter's recorded effect is there.
+        early: how much of it the base alone has already.
     """
 
-    base: ProbeComparison | None
-    chain: ProbeComparison | None
-    effect: Effect | None
+    base: ProbeComparison | None = None
+    chain: ProbeComparison | None = None
+    effect: Effect | None = None
+    early: Effect | None = None
+
+    @property
+    def base_passed(self) -> bool:
+        """Whether nothing is known against the base."""
+        if self.base is not None and not self.base.passed:
+            return False
+        return self.early is None or self.early.is_none
 
     @property
     def passed(self) -> bool:
         """Whether base and adapter together answer as they should."""
         if self.chain is None or not self.chain.passed:
             return False
-        return self.effect is None or self.effect.passed
+        return (self.effect is None or self.effect.passed) and (
+            self.early is None or self.early.is_none
+        )
 
 
 def ask_both(model: PeftModel, tokens: Sequence[int] | None) -> Answered:
@@ -82,15 +94,15 @@ def compared(probe: Probe, recorded: Answers, actual: Outputs) -> ProbeCompariso
 
 def judge(probe: Probe, answered: Answered) -> Judgement:
     """Compare what was answered here with the record."""
-    base, chain = answered.base, answered.chain
-    alone = probe.base is not None and base is not None
+    base, chain, recorded = answered.base, answered.chain, probe.base
     effect = None
     if chain is not None and base is not None and chain.is_finite and base.is_finite:
         effect = effect_of(probe.chain, base, chain, recorded_base=probe.base)
     return Judgement(
-        base=compared(probe, probe.base, base) if alone and probe.base and base else None,
+        base=None if recorded is None or base is None else compared(probe, recorded, base),
         chain=None if chain is None else compared(probe, probe.chain, chain),
         effect=effect,
+        early=None if recorded is None or base is None else along(probe.chain, recorded, base),
     )
 
 

@@ -14,6 +14,7 @@ from lamina.checkpoint.probe import ask
 from lamina.checkpoint.record import Probe
 from lamina.errors import LaminaError, ProbeError, StageError
 from lamina.model import PeftModel, loading
+from lamina.model.adapted import refuse_adapted
 from lamina.model.vocabulary import grown
 from lamina.stages.laid_over import adapted
 from lamina.stages.verify.conclusions import conclude
@@ -25,7 +26,7 @@ from lamina.stages.verify.opening import open_base, open_tokenizer
 from lamina.stages.verify.replay import Answered, Judgement, ask_both
 from lamina.stages.verify.report import Cause, VerifyReport
 
-_NOTHING = Judgement(None, None, None)
+_NOTHING = Judgement()
 
 
 def verify(
@@ -60,6 +61,7 @@ def verify(
     if isinstance(base, nn.Module):
         told = {"dtype": dtype, "load_in_4bit": load_in_4bit, **options}
         _refuse_options({name: value for name, value in told.items() if value is not None})
+        refuse_adapted(base)
         opened: Any = base
     else:
         opened = open_base(
