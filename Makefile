@@ -13,7 +13,7 @@ CHECKED := src tests scripts benchmarks
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ecosystem lint format bench docs pins clean
+.PHONY: help setup demo test ecosystem torture lint format bench docs pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ $(ECOSYSTEM_STAMP): pyproject.toml constraints.txt
 ecosystem: $(STAMP) $(ECOSYSTEM_STAMP) ## Train with the libraries around peft, without and beside it
 	OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/ecosystem -m "ecosystem or not ecosystem" $(PYTEST_ARGS)
+
+torture: $(STAMP) ## Kills, full disks, two writers, broken files: all of them
+	LAMINA_TORTURE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 3600 tests/torture $(PYTEST_ARGS)
+	$(BIN)/python scripts/reliability.py
 
 lint: $(STAMP) ## Style, types, import layers, length of files
 	$(BIN)/ruff check $(wildcard $(CHECKED))

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lamina
 from lamina.errors import CheckpointError, MissingFileError
 from lamina.storage.source import AdapterFiles, find_adapter, find_config
 from tests.storage.directories import CONFIG, INDEX, PICKLE, SHARDS, WEIGHTS, fill, write_index
@@ -275,3 +278,17 @@ def test_what_peft_writes_is_found(tmp_path: Path, safe: bool) -> None:
         found = find_adapter(tmp_path, subfolder=subfolder, allow_pickle=not safe)
         assert (found.config, found.weights) == (folder / CONFIG, (folder / name,))
         assert found.pickle is not safe
+
+
+def test_the_writer_and_the_finder_need_no_torch() -> None:
+    code = "import sys, lamina.storage.atomic, lamina.storage.source; print(*sys.modules)"
+    paths = str(Path(lamina.__file__).parents[1])
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    ).stdout.split()
+    assert "torch" not in loaded
+    assert "huggingface_hub" not in loaded

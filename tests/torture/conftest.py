@@ -5,34 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.torture.amounts import FULL
 from tests.torture.disk import Disk
 from tests.torture.figures import Figures
-from tests.torture.frame import Server
+from tests.torture.frame import Bench, Server
 
-FULL = bool(os.environ.get("LAMINA_TORTURE"))
 _FIGURES = pytest.StashKey[Figures]()
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How often something is done."""
-
-    full: bool
-
-    def of(self, full: int, short: int) -> int:
-        """One of two numbers."""
-        return full if self.full else short
-
-
-@pytest.fixture(scope="session")
-def amount() -> Amount:
-    return Amount(FULL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,8 +29,10 @@ def figures(request: pytest.FixtureRequest) -> Figures:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     found = session.config.stash[_FIGURES]
-    # Figures of a run that failed are no figures.
-    if FULL and found.sections and exitstatus == pytest.ExitCode.OK:
+    options = session.config.option
+    whole = not options.keyword and not any("::" in each for each in session.config.args)
+    # Figures of a run that failed, or of a part of a file, are no figures.
+    if FULL and whole and found.sections and exitstatus == pytest.ExitCode.OK:
         found.write()
 
 
@@ -58,6 +43,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("notes"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def benches(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
+    """Name of a case -> where it is tried, made at the first call."""
+    made: dict[str, Bench] = {}
+
+    def bench(name: str) -> Bench:
+        if name not in made:
+            made[name] = server.bench(name, tmp_path_factory.mktemp(name) / "work")
+        return made[name].with_others()
+
+    return bench
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lamina
-from tests.torture.cases import CASES, Case
+from tests.torture.cases import ABSENT, CASES, Case
 
 HERE = Path(__file__).parent
 
@@ -96,6 +96,14 @@ class Bench:
         assert end is not None
         return end
 
+    def with_others(self) -> Bench:
+        """Itself, with a version in place and other files beside it."""
+        self.case.forget(self.work)
+        if self.case.read(self.work) == ABSENT:
+            self.write()
+        self.case.lay_beside(self.work)
+        return self
+
     def next(self) -> int:
         """A version that is not the one that is there."""
         here = self.case.read(self.work)
@@ -161,8 +169,7 @@ class Server:
         # In the server itself, so that whatever is imported late is there for the children.
         self.ask("act", str(work), bench.number)
         assert bench.case.read(work) == bench.case.label(bench.number)
-        bench.case.lay_beside(work)
-        return bench
+        return bench.with_others()
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -128,6 +128,8 @@ def main() -> None:
         except Exception:
             answer = {"failed": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
+    # Torch takes its time to go.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from tests.torture.amounts import amount, each
 from tests.torture.cases import CASES
-from tests.torture.conftest import Amount
 from tests.torture.disk import PAGE, Disk
 from tests.torture.figures import Figures
 from tests.torture.frame import Bench, End, Server
@@ -52,16 +51,14 @@ def fill_up(bench: Bench, disk: Disk, leave: Callable[[int], None], step: int) -
     raise AssertionError("it never was enough")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_small_disk(
-    name: str, disk: Disk, server: Server, amount: Amount, figures: Figures
-) -> None:
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("stage", "merge")))
+def test_a_small_disk(name: str, disk: Disk, server: Server, figures: Figures) -> None:
     bench = server.bench(name, disk.path / "work")
     size = sum(path.stat().st_size for path in (bench.work / "out").rglob("*") if path.is_file())
     with figures.timed("full disk", what=bench.case.told) as row:
-        step = max(1, size // PAGE // amount.of(full=100, short=3))
+        step = max(1, size // PAGE // amount(full=100, short=3))
         row["sizes"] = fill_up(bench, disk, disk.leave, step)
-        row["counts of files"] = fill_up(bench, disk, disk.leave_files, amount.of(1, 3))
+        row["counts of files"] = fill_up(bench, disk, disk.leave_files, amount(1, 3))
         assert row["sizes"] > 1
         assert row["counts of files"] > 0
     # The same act succeeds at the second try, from what a failed first one has left.
@@ -72,20 +69,18 @@ def test_a_small_disk(
     check_second_try(bench, number)
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EDQUOT", "EIO"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("error", amount(full=("ENOSPC", "EDQUOT", "EIO"), short=("ENOSPC",)))
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "dropin", "merge")))
 def test_an_error_at_every_change_to_the_disk(
-    name: str, error: str, tmp_path: Any, server: Server, amount: Amount, figures: Figures
+    name: str, error: str, benches: Callable[[str], Bench], figures: Figures
 ) -> None:
-    if error != "ENOSPC" and not amount.full:
-        pytest.skip("in make torture")
-    bench = server.bench(name, tmp_path / "work")
+    bench = benches(name)
     end = bench.run(bench.next())
     assert end.done
     refused = harmless = 0
     told = "Input/output error" if error == "EIO" else FULL
     with figures.timed("errors", what=bench.case.told, error=error) as row:
-        for at in range(1, end.calls + 1, 1 if amount.full else max(1, end.calls // 5)):
+        for at in each(end.calls, short=5):
             bench.case.forget(bench.work)
             before, number = bench.case.read(bench.work), bench.next()
             end = bench.run(number, kind="fail", errno=error, at=at)
@@ -101,13 +96,13 @@ def test_an_error_at_every_change_to_the_disk(
     check_second_try(bench, bench.next())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("pretrained", "merge")))
 def test_a_limit_on_the_size_of_files(
-    name: str, tmp_path: Any, server: Server, amount: Amount, figures: Figures
+    name: str, benches: Callable[[str], Bench], figures: Figures
 ) -> None:
-    bench = server.bench(name, tmp_path / "work")
+    bench = benches(name)
     largest = max(path.stat().st_size for path in (bench.work / "out").rglob("*"))
-    limits = range(0, largest, max(PAGE, largest // amount.of(full=50, short=2)))
+    limits = range(0, largest, max(PAGE, largest // amount(full=50, short=2)))
     with figures.timed("file size limits", what=bench.case.told, limits=len(limits)):
         for limit in limits:
             before = bench.case.read(bench.work)

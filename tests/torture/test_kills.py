@@ -5,14 +5,16 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+from tests.torture.amounts import amount, each
 from tests.torture.cases import ABSENT, CASES
-from tests.torture.conftest import Amount
 from tests.torture.figures import Figures
-from tests.torture.frame import Bench, Server
+from tests.torture.frame import Bench
+
+Benches = Callable[[str], Bench]
 
 MIXTURE = "mixture"
 # A kill in every one of this many bytes of a file that is written.
@@ -34,21 +36,17 @@ def see(bench: Bench, expected: set[str], mixtures: list[str]) -> str:
 
 def settle(bench: Bench) -> None:
     """The next save goes through and sweeps away what the dead ones left."""
-    if bench.case.read(bench.work) == ABSENT:
-        bench.case.beside = ()
     bench.write()
     bench.case.check_beside(bench.work)
     assert bench.hidden() == []
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_at_random_instants(
-    name: str, tmp_path: Path, server: Server, amount: Amount, figures: Figures
-) -> None:
-    bench = server.bench(name, tmp_path / "work")
+def test_at_random_instants(name: str, benches: Benches, figures: Figures) -> None:
+    bench = benches(name)
     inputs = bench.case.inputs(bench.work)
     longest = bench.seconds()
-    kills = amount.of(full=200, short=6)
+    kills = amount(full=200, short=6)
     moments = random.Random(0)
     mixtures: list[str] = []
     seen = {"old": 0, "new": 0}
@@ -81,19 +79,18 @@ def test_at_random_instants(
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["over", "first"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "stage", "merge")))
 def test_before_every_change_to_the_disk(
-    name: str, first: bool, tmp_path: Path, server: Server, amount: Amount, figures: Figures
+    name: str, first: bool, benches: Benches, figures: Figures
 ) -> None:
-    bench = server.bench(name, tmp_path / "work")
+    bench = benches(name)
     inputs = bench.case.inputs(bench.work)
     mixtures: list[str] = []
     outcomes = []
     told = bench.case.told + (", first time" if first else "")
     with figures.timed("steps", what=told) as row:
         calls = _calls(bench, first)
-        step = 1 if amount.full else max(1, calls // 6)
-        for at in range(1, calls + 1, step):
+        for at in each(calls, short=6):
             before = _begin(bench, first)
             number = bench.next()
             end = bench.run(number, kind="die", at=at)
@@ -127,14 +124,12 @@ def _calls(bench: Bench, first: bool) -> int:
     return end.calls
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_within_every_page_of_a_file(
-    name: str, tmp_path: Path, server: Server, amount: Amount, figures: Figures
-) -> None:
-    bench = server.bench(name, tmp_path / "work")
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("dropin", "merge")))
+def test_within_every_page_of_a_file(name: str, benches: Benches, figures: Figures) -> None:
+    bench = benches(name)
     largest = max(path.stat().st_size for path in (bench.work / "out").rglob("*"))
     pages = range(0, largest, PAGE)
-    steps = min(amount.of(full=200, short=3), len(pages))
+    steps = min(amount(full=200, short=3), len(pages))
     mixtures: list[str] = []
     kills = 0
     with figures.timed("pages", what=bench.case.told) as row:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.torture.amounts import amount
 from tests.torture.cases import CASES
-from tests.torture.conftest import Amount
 from tests.torture.disk import Disk
 from tests.torture.figures import Figures
 from tests.torture.frame import Bench, End, Server
@@ -46,10 +46,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder.chmod(before)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_without_permission(
-    name: str, open_path: Path, server: Server, amount: Amount, figures: Figures
-) -> None:
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("stage", "merge")))
+def test_without_permission(name: str, open_path: Path, server: Server, figures: Figures) -> None:
     bench = server.bench(name, open_path / "work")
     before = bench.case.read(bench.work)
     with figures.timed("read-only", what=bench.case.told, how="permissions"):
@@ -59,7 +57,7 @@ def test_without_permission(
     bench.write()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("stage", "merge")))
 def test_on_a_read_only_disk(name: str, disk: Disk, server: Server, figures: Figures) -> None:
     bench = server.bench(name, disk.path / "work")
     before = bench.case.read(bench.work)

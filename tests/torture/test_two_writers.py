@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
+from tests.torture.amounts import amount, each
 from tests.torture.cases import CASES
-from tests.torture.conftest import Amount
 from tests.torture.figures import Figures
-from tests.torture.frame import Bench, End, Server
+from tests.torture.frame import Bench, End
 
 TOLD = "DirectoryInUseError"
 
@@ -53,15 +53,15 @@ def both(bench: Bench, at: int) -> tuple[bool, bool]:
     return end.done, not told
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "stage", "merge")))
 def test_at_every_change_to_the_disk(
-    name: str, tmp_path: Path, server: Server, amount: Amount, figures: Figures
+    name: str, benches: Callable[[str], Bench], figures: Figures
 ) -> None:
-    bench = server.bench(name, tmp_path / "work")
+    bench = benches(name)
     end = bench.run(bench.next())
     found = {"told": 0, "one after the other": 0}
     with figures.timed("two writers", what=bench.case.told) as row:
-        for at in range(1, end.calls + 1, 1 if amount.full else max(1, end.calls // 5)):
+        for at in each(end.calls, short=5):
             one, other = both(bench, at)
             assert one or other
             found["one after the other" if one and other else "told"] += 1
@@ -72,12 +72,10 @@ def test_at_every_change_to_the_disk(
     assert bench.hidden() == []
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_at_the_same_time(
-    name: str, tmp_path: Path, server: Server, amount: Amount, figures: Figures
-) -> None:
-    bench = server.bench(name, tmp_path / "work")
-    rounds = amount.of(full=50, short=2)
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("directory", "merge")))
+def test_at_the_same_time(name: str, benches: Callable[[str], Bench], figures: Figures) -> None:
+    bench = benches(name)
+    rounds = amount(full=50, short=2)
     told = 0
     with figures.timed("races", what=bench.case.told, rounds=rounds) as row:
         for _ in range(rounds):
