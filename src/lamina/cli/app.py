@@ -23,7 +23,7 @@ from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
 from lamina.cli.split import split
 from lamina.cli.targets import targets
-from lamina.cli.terminal import hush_imports, print_error
+from lamina.cli.terminal import hush_imports, print_error, shown_warnings
 from lamina.cli.verify import verify
 from lamina.errors import LaminaError
 
@@ -71,6 +71,7 @@ def _root(
     # A script that is run keeps all that its libraries say.
     if ctx.invoked_subcommand != "as-peft":
         hush_imports()
+        ctx.with_resource(shown_warnings())
 
 
 for _verb in (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -14,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lamina.errors import LaminaError, escaped
+from lamina.errors import LaminaError, LaminaWarning, escaped
 
 
 class _Console(Console):
@@ -56,6 +58,23 @@ def print_error(error: LaminaError) -> None:
     ]
     for line in lines:
         console(stderr=True).print(line, soft_wrap=True)
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Let warnings of this library look like its errors; those of others stay as they are."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, LaminaWarning):
+                usual(message, category, *where, **more)
+                return
+            line = Text.assemble(("warning: ", "bold yellow"), str(message))
+            console(stderr=True).print(line, soft_wrap=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def table(

@@ -14,7 +14,7 @@ from lamina.checkpoint.record import StageRecord
 from lamina.checkpoint.sketch import Likeness, Over, compare
 from lamina.checkpoint.sketch.memory import ModelWeights
 from lamina.engine.compose import Factors
-from lamina.errors import LaminaError, MismatchWarning
+from lamina.errors import LaminaError, MismatchWarning, escaped
 from lamina.stages.lamination import Chain, take_apart
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def base_likeness(
 def tell(source: str, remarks: Iterable[str], stacklevel: int) -> None:
     """Warn of what is not just as on record, and may be meant."""
     for remark in remarks:
-        warnings.warn(f"{source}: {remark}.", MismatchWarning, stacklevel=stacklevel + 1)
+        # What is said has names from files in it.
+        said = escaped(f"{source}: {remark}.")
+        warnings.warn(said, MismatchWarning, stacklevel=stacklevel + 1)
 
 
 def over(record: StageRecord, updates: Updates | None = None) -> Over:
