@@ -139,6 +139,10 @@ class StageError(LaminaError, ValueError):
     """A stage can't be begun or saved as asked."""
 
 
+class PlanError(LaminaError, ValueError):
+    """A plan of stages can't be read, or asks for what can't be done."""
+
+
 class ProbeError(LaminaError, RuntimeError):
     """A model that takes tokens can't be asked any, so that its answers can't be compared."""
 

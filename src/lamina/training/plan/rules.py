@@ -1,0 +1,174 @@
+"""What must hold between parts of a plan; on values as they are written, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from lamina.errors import nearest
+from lamina.training.plan.document import Where
+from lamina.training.plan.settings import Method, Mode
+
+Fault = tuple[Where, str]
+_WITH_REFERENCE = ("dpo", "kto", "grpo")
+# Setting -> the methods that it means something to.
+_ONLY = {
+    "beta": ("dpo", "kto", "orpo", "grpo"),
+    "loss_type": ("sft", "dpo", "kto", "grpo"),
+    "reference": _WITH_REFERENCE,
+    "reward_functions": ("grpo",),
+    "num_generations": ("grpo",),
+    "max_completion_length": ("grpo",),
+    "temperature": ("grpo",),
+    "assistant_only_loss": ("sft",),
+    "completion_only_loss": ("sft",),
+    "packing": ("pt", "sft"),
+}
+# Taken over with the ranks that "continue" trains on.
+_OF_RANKS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_exclude_modules",
+    "lora_target_parameters",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+)
+
+
+def faults_between(values: Any) -> Iterator[Fault]:
+    """Everything that contradicts something else in the plan."""
+    if not isinstance(values, dict):
+        return
+    stages = values.get("stages")
+    stages = stages if isinstance(stages, list) else []
+    names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
+    shared = values.get("defaults")
+    defaults: dict[str, Any] = shared if isinstance(shared, dict) else {}
+    yield from _twice(names)
+    yield from _of_base(values)
+    for place, stage in enumerate(stages):
+        if isinstance(stage, dict):
+            where = ("stages", place)
+            yield from _of_mode(where, stage, place, values)
+            yield from _of_method(where, stage, defaults, names[:place])
+            yield from _of_data(where, stage, defaults)
+            yield from _of_gate(where, stage, defaults, values.get("evals"))
+    yield from _of_evals(values.get("evals"))
+
+
+def _twice(names: list[Any]) -> Iterator[Fault]:
+    for place, name in enumerate(names):
+        if name is not None and name in names[:place]:
+            yield ("stages", place, "name"), f"{name!r} is the name of an earlier stage too"
+
+
+def _of_base(values: dict[str, Any]) -> Iterator[Fault]:
+    if values.get("load_in_4bit") is True and values.get("load_in_8bit") is True:
+        yield ("load_in_8bit",), "a base is loaded in 4 bits or in 8, not in both"
+
+
+def _of_mode(
+    where: Where, stage: dict[str, Any], place: int, values: dict[str, Any]
+) -> Iterator[Fault]:
+    mode = stage.get("mode")
+    if place == 0 and mode is not None:
+        yield (*where, "mode"), "the first stage has no parent, and so no mode: leave it out"
+    if place > 0 and mode is None:
+        ways = " or ".join(get_args(Mode))
+        yield where, f"say how this stage is begun on the one before: mode: {ways}"
+    quantised = [key for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
+    if mode == "merge" and quantised:
+        told = f"merge folds the parent into dense weights, and {quantised[0]} leaves none; "
+        yield (*where, "mode"), f"{told}stack computes the same"
+    if mode == "continue":
+        for key in _OF_RANKS:
+            if stage.get(key) is not None:
+                yield (*where, key), "continue trains the parent's ranks on, with their settings"
+
+
+def _of_method(
+    where: Where, stage: dict[str, Any], defaults: dict[str, Any], earlier: list[Any]
+) -> Iterator[Fault]:
+    method = stage.get("method", defaults.get("method"))
+    if method is None:
+        yield where, f"say what it does: method: {', '.join(get_args(Method))}"
+        return
+    for key, methods in _ONLY.items():
+        if stage.get(key) is not None and method in get_args(Method) and method not in methods:
+            yield (*where, key), f"means nothing to {method}; it is for {', '.join(methods)}"
+    if method == "grpo" and not _either("reward_functions", stage, defaults):
+        yield where, "grpo needs reward_functions: [package.module:function]"
+    reference = stage.get("reference")
+    known = ["parent", "base", *filter(None, earlier)]
+    if reference is not None and reference not in known:
+        close = nearest(str(reference), known)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield (
+            (*where, "reference"),
+            f"{reference!r} is neither parent, base nor an earlier stage{hint}",
+        )
+    yield from _of_numbers(where, stage, defaults)
+
+
+def _of_numbers(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> Iterator[Fault]:
+    held_out = _either("eval_datasets", stage, defaults) or _either(
+        "eval_fraction", stage, defaults
+    )
+    for key in ("early_stopping_patience", "eval_steps"):
+        if stage.get(key) is not None and not held_out:
+            yield (*where, key), "needs eval_datasets or eval_fraction to evaluate on"
+    if stage.get("eval_datasets") is not None and stage.get("eval_fraction") is not None:
+        yield (*where, "eval_fraction"), "eval_datasets are given too; one of them is enough"
+    if stage.get("max_steps") is not None and stage.get("num_train_epochs") is not None:
+        yield (*where, "num_train_epochs"), "max_steps is given too; one of them is enough"
+
+
+def _of_data(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> Iterator[Fault]:
+    found = _either("datasets", stage, defaults)
+    if found is None:
+        yield where, "it has no datasets to train on"
+        return
+    streamed = [d for d in _dicts(found) if d.get("streaming") is True]
+    if streamed and _either("max_steps", stage, defaults) is None:
+        yield (*where, "datasets"), "streaming data has no end that is known: give max_steps"
+    if streamed and len(streamed) < len(found):
+        yield (*where, "datasets"), "either all of a mixture is streaming, or none"
+
+
+def _of_gate(
+    where: Where, stage: dict[str, Any], defaults: dict[str, Any], evals: Any
+) -> Iterator[Fault]:
+    gate = stage.get("gate") or defaults.get("gate")
+    bounds = gate.get("may_lose") if isinstance(gate, dict) else None
+    known = list(evals) if isinstance(evals, dict) else []
+    for name in bounds if isinstance(bounds, dict) else ():
+        if name not in known:
+            close = nearest(str(name), known)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            yield (*where, "gate", "may_lose", name), f"there is no eval {name!r}{hint}"
+
+
+def _of_evals(evals: Any) -> Iterator[Fault]:
+    for name, each in evals.items() if isinstance(evals, dict) else ():
+        if not isinstance(each, dict):
+            continue
+        given = [key for key in ("datasets", "lm_eval") if each.get(key)]
+        if len(given) != 1:
+            told = "both" if given else "neither"
+            yield ("evals", name), f"an eval has either datasets or lm_eval; this has {told}"
+
+
+def _either(key: str, stage: dict[str, Any], defaults: dict[str, Any]) -> Any:
+    value = stage.get(key)
+    return defaults.get(key) if value is None else value
+
+
+def _dicts(found: Any) -> list[dict[str, Any]]:
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
