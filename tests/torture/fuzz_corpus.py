@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,3 +193,7 @@ def make_corpus(folder: Path) -> None:
         warnings.simplefilter("ignore")
         for name, kind in KINDS.items():
             kind.make(folder / name)
+
+
+if __name__ == "__main__":
+    make_corpus(Path(sys.argv[1]))
