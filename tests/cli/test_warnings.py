@@ -15,5 +15,5 @@ def test_warnings_of_the_library_look_like_its_errors(capsys: pytest.CaptureFixt
         warnings.simplefilter("always")
         warnings.warn("runs/chat: another\x1b[2J base.", MismatchWarning, stacklevel=1)
         warnings.warn("of somebody else", UserWarning, stacklevel=1)
-    assert capsys.readouterr().err == "warning: runs/chat: another\\x1b[2J base.\n"
+    assert capsys.readouterr().err == "warning: runs/chat: another\\u001b[2J base.\n"
     assert [str(each.message) for each in theirs] == ["of somebody else"]
