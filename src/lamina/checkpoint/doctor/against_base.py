@@ -196,7 +196,7 @@ def ties(base: BaseModel, settings: LoraConfig, contents: Contents) -> Iterator[
     if hit:
         what = f"{' and '.join(tied)} share one weight in the base, and the adapter changes "
         what += "each by itself" if len(hit) == len(tied) else f"{' and '.join(hit)} alone"
-        cure = "merging has to untie them: `lamina merge` says so and keeps both; to train them as "
+        cure = "merge_and_unload(untie=True) gives each a weight of its own; to train them as "
         cure += "one, set ensure_weight_tying=True"
         yield Finding("warning", "tied-weights", what, tuple(hit), cure)
 

@@ -128,10 +128,10 @@ def what_is_recorded(record: StageRecord) -> Iterator[Finding]:
     newest: Stage = record.newest
     if newest.probe is None:
         what = "The record has no probe, so that nobody can check that it answers as it did"
-        cure = "save it with save_stage of this version: models that take tokens get one; then "
+        cure = "the next stage that save_stage writes has one, if the model takes tokens; then "
         cure += "`lamina verify DIR` compares"
         yield Finding("note", "probe-missing", what, (newest.name,), cure)
     if newest.base.sketch is None:
         what = "The record has no sketch of the base, so that another one of its shapes would pass"
-        cure = "save it with save_stage of this version"
+        cure = "the next stage that save_stage writes has one"
         yield Finding("note", "sketch-missing", what, (newest.name,), cure)

@@ -167,7 +167,8 @@ def unexplained(
     whole = _keys(tensors, (name for owner in tables for name in strange[owner]))
     whole += _keys(tensors, contents.base_weights)
     if whole:
-        size = sum(each.size for each in tensors.values() if each.key in whole)
+        keys_of_tables = set(whole)
+        size = sum(each.size for each in tensors.values() if each.key in keys_of_tables)
         total = sum(each.size for each in tensors.values())
         what = f"Whole tables of the vocabulary are saved along: {_mib(size)} of {_mib(total)}"
         cure = "if no rows were trained, save with Lamina or save_embedding_layers=False; to train "
@@ -224,9 +225,12 @@ def uneven_layers(contents: Contents) -> Iterator[Finding]:
         found = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", each.module)
         if found:
             layers.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    stacks: dict[str, set[int]] = {}
+    for (stack, _), present in layers.items():
+        stacks.setdefault(stack, set()).update(present)
     lacking = []
     for (stack, name), present in layers.items():
-        peers = set().union(*(have for (other, _), have in layers.items() if other == stack))
+        peers = stacks[stack]
         if len(present) < len(peers) and len(present) * 2 > len(peers):
             gaps = ", ".join(str(index) for index in sorted(peers - present)[:8])
             lacking.append(f"{stack}.*.{name}: not in layer {gaps}")

@@ -6,7 +6,7 @@ The engine knows it exactly, for a model; here names are all there is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lamina.config.expressions import fullmatch, why_not
@@ -32,34 +32,55 @@ def as_names(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [str(each) for each in value]
 
 
-def hits(patterns: Any, module: str) -> list[str]:
-    """The patterns that mean a module: a string as a regular expression, a list by endings."""
-    if isinstance(patterns, str):
-        found = patterns.lower() == "all-linear" or fullmatch(patterns, module)
-        return [patterns] if found else []
-    names = as_names(patterns)
-    return [name for name in names if module == name or module.endswith(f".{name}")]
+class Names:
+    """Patterns for modules: a string is a regular expression, a list means names by their ends."""
+
+    def __init__(self, value: Any) -> None:
+        self._expression = value if isinstance(value, str) else None
+        self._names = frozenset(() if isinstance(value, str) else as_names(value))
+
+    def hits(self, module: str) -> list[str]:
+        """The patterns that mean a module, by its name in the base."""
+        if self._expression is not None:
+            every = self._expression.lower() == "all-linear"
+            found = every or fullmatch(self._expression, module)
+            return [self._expression] if found else []
+        return [ending for ending in _endings(module) if ending in self._names]
 
 
-def target_hits(config: dict[str, Any], module: str) -> list[str]:
-    """The patterns of target_modules and target_parameters by which a module is adapted."""
-    name = plain_module(module)
-    found = hits(config.get("target_modules"), name)
-    parent, _, last = name.rpartition(".")
-    if last == "out_proj":
-        # An attention's output projection is adapted inside of it.
-        found += hits(config.get("target_modules"), parent)
-    for pattern in as_names(config.get("target_parameters")):
-        owner = pattern.rpartition(".")[0]
+def _endings(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        _, _, name = name.partition(".")
+
+
+class Targets:
+    """What a config adapts: target_modules, target_parameters, without exclude_modules."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._modules = Names(config.get("target_modules"))
+        self._excluded = Names(config.get("exclude_modules"))
+        parameters = as_names(config.get("target_parameters"))
         # A parameter's own name isn't in the file.
-        if not owner or name == owner or name.endswith(f".{owner}"):
-            found.append(pattern)
-    return found
+        self._owners: dict[str, list[str]] = {}
+        for each in parameters:
+            self._owners.setdefault(each.rpartition(".")[0], []).append(each)
 
+    def hits(self, module: str) -> list[str]:
+        """The patterns by which a module of the file is adapted."""
+        name = plain_module(module)
+        found = self._modules.hits(name)
+        parent, _, last = name.rpartition(".")
+        if last == "out_proj":
+            # An attention's output projection is adapted inside of it.
+            found += self._modules.hits(parent)
+        for owner in ("", *_endings(name)) if self._owners else ():
+            found += self._owners.get(owner, [])
+        return found
 
-def excluded(config: dict[str, Any], module: str) -> bool:
-    """Whether exclude_modules means a module."""
-    return bool(hits(config.get("exclude_modules"), plain_module(module)))
+    def excluded(self, module: str) -> bool:
+        """Whether exclude_modules means a module."""
+        return bool(self._excluded.hits(plain_module(module)))
 
 
 def layer_of(config: dict[str, Any], module: str) -> int | None:

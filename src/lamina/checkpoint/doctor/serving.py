@@ -20,11 +20,11 @@ def vllm_rank(contents: Contents, target: str) -> Iterator[Finding]:
     if rank <= VLLM_DEFAULT_RANK:
         return
     what = f"Rank {rank} is over vLLM's --max-lora-rank, which is {VLLM_DEFAULT_RANK} if not given"
-    cure = f"serve with --max-lora-rank {flag}, or `lamina export DIR --for vllm --rank "
+    cure = f"serve with --max-lora-rank {flag}, or `lamina export DIR -o OUT --for vllm --rank "
     cure += f"{VLLM_DEFAULT_RANK}` compresses it and says what is lost"
     if flag is None:
         what = f"Rank {rank} is over the largest that vLLM takes, {VLLM_RANKS[-1]}"
-        cure = f"`lamina export DIR --for vllm --rank {VLLM_RANKS[-1]}`, or `lamina merge DIR`"
+        cure = f"`lamina export DIR -o OUT --for vllm --rank {VLLM_RANKS[-1]}` compresses it"
     yield Finding(_severity(target, over=flag is None), "vllm-rank", what, _largest(contents), cure)
 
 

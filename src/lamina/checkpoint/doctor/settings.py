@@ -10,12 +10,11 @@ from typing import Any
 
 from lamina.checkpoint.doctor.findings import Finding
 from lamina.checkpoint.doctor.patterns import (
+    Targets,
     as_names,
-    excluded,
     layer_of,
     plain_module,
     silent,
-    target_hits,
     wanted_layers,
 )
 from lamina.checkpoint.doctor.registry import check
@@ -101,8 +100,9 @@ def targets(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     patterns = config.get("target_modules")
     if patterns is None and not config.get("target_parameters"):
         return
-    found = {each.module: target_hits(config, each.module) for each in contents.factors}
-    stray = tuple(m for m, hit in found.items() if not hit or excluded(config, m))
+    aims = Targets(config)
+    found = {each.module: aims.hits(each.module) for each in contents.factors}
+    stray = tuple(m for m, hit in found.items() if not hit or aims.excluded(m))
     if stray:
         what = "The file has modules that the config doesn't target; PEFT drops "
         cure = "add their names to target_modules (and take them out of exclude_modules)"
@@ -110,7 +110,7 @@ def targets(config: dict[str, Any], contents: Contents) -> Iterator[Finding]:
     wanted = [*as_names(patterns), *as_names(config.get("target_parameters"))]
     nothing = silent(wanted, (pattern for hit in found.values() for pattern in hit))
     # PEFT writes whole names of what it leaves out again.
-    nothing = [name for name in nothing if not (excluded(config, name) or _outside(config, name))]
+    nothing = [name for name in nothing if not (aims.excluded(name) or _outside(config, name))]
     if nothing and found:
         what = "Targets of the config have no tensors in the file"
         leaves = [plain_module(module) for module in found]

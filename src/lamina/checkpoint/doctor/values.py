@@ -61,20 +61,20 @@ def not_finite(tensors: Mapping[str, StoredTensor], measures: Measures) -> Itera
 def dtypes(tensors: Mapping[str, StoredTensor], contents: Contents) -> Iterator[Finding]:
     """The dtypes of the tensors."""
     factors = {key for each in contents.factors for key in each.keys}
-    whole = tuple(t.key for n, t in tensors.items() if n in factors and t.dtype not in _NUMBERS)
+    whole = {t.key: t.dtype for n, t in tensors.items() if n in factors and t.dtype not in _NUMBERS}
     if whole:
-        what = f"Factors are stored as {_dtypes(tensors, whole)}, not as floating-point "
-        cure = "save it unquantised"
-        yield Finding("error", "dtype-unusable", f"{what}numbers", whole, cure)
+        kinds = ", ".join(sorted({*whole.values()}))
+        what = f"Factors are stored as {kinds}, not as floating-point numbers"
+        yield Finding("error", "dtype-unusable", what, tuple(whole), "save it unquantised")
     small = tuple(t.key for t in tensors.values() if t.dtype.startswith("F8_"))
     if small:
         what = "Tensors are stored in float8, which few readers take and which is coarse"
-        cure = "load it with torch_dtype=torch.bfloat16 and save it again"
+        cure = "`lamina export DIR -o OUT --for peft --dtype bfloat16`"
         yield Finding("warning", "dtype-float8", what, small, cure)
     wide = tuple(t.key for t in tensors.values() if t.dtype == "F64")
     if wide:
         what = "Tensors are stored in float64: twice as large, and some programs refuse"
-        cure = "save it in float32 or bfloat16"
+        cure = "`lamina export DIR -o OUT --for peft --dtype float32`"
         yield Finding("note", "dtype-float64", what, wide, cure)
     mixed = tuple(
         f"{each.module}: {a.dtype} and {b.dtype}"
@@ -84,12 +84,9 @@ def dtypes(tensors: Mapping[str, StoredTensor], contents: Contents) -> Iterator[
     )
     if mixed:
         what = "A and B have different dtypes"
-        cure = "fine for PEFT and Lamina; for others load it in one dtype and save it again"
+        cure = "fine for PEFT and Lamina; `lamina export DIR -o OUT --for peft --dtype float32` "
+        cure += "writes one dtype"
         yield Finding("note", "dtype-mixed", what, mixed, cure)
-
-
-def _dtypes(tensors: Mapping[str, StoredTensor], keys: tuple[str, ...]) -> str:
-    return ", ".join(sorted({each.dtype for each in tensors.values() if each.key in keys}))
 
 
 @check
@@ -215,7 +212,7 @@ def dead_ranks(measures: Measures) -> Iterator[Finding]:
                 dead[module] = f"{module}: {count} of {len(sizes)}"
     if dead:
         what = "Some ranks do nothing: a row of A or a column of B is "
-        cure = "harmless; `lamina export DIR --for peft --rank N` leaves them out of a copy"
+        cure = "harmless; `lamina export DIR -o OUT --for peft --rank N` leaves them out of a copy"
         yield Finding("note", "dead-ranks", f"{what}zero or nearly so", tuple(dead.values()), cure)
 
 
@@ -235,7 +232,7 @@ def repeats(measures: Measures, contents: Contents) -> Iterator[Finding]:
         cure = (
             "an adapter was put together with itself, or began with equal rows: its update counts "
         )
-        cure += "double; take the parts apart (`lamina split`) and put each in once"
+        cure += "double; take the parts apart (`lamina split DIR -o OUT`) and put each in once"
         yield Finding("warning", "ranks-repeated", what, tuple(found), cure)
 
 
@@ -258,10 +255,10 @@ def unused_ranks(
         most = max(used for used, _ in few)
         what = f"{most} ranks, or less, hold {_SHARE:.2%} of the update"
         cure = (
-            f"`lamina export DIR --for peft --rank {most}` makes a smaller copy and says what is "
+            f"`lamina export DIR -o OUT --for peft --rank {most}` makes a smaller copy, and says "
         )
         lines = tuple(line for _, line in few)
-        yield Finding("note", "ranks-unused", what, lines, f"{cure}lost")
+        yield Finding("note", "ranks-unused", what, lines, f"{cure}what is lost")
 
 
 @check
