@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +81,84 @@ def test_no_metadata_is_an_empty_one(tmp_path: Path) -> None:
     entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
     write(tmp_path / "x", json.dumps({"a": entry}).encode(), b"\0")
     assert read_header(tmp_path / "x") == ({"a": entry}, {})
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
+
+
+LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown dtype": ({"a": entry(dtype="F33")}, "unknown dtype"),
+    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "has the fields"),
+    "a field more": ({"a": entry(extra=1)}, "has the fields"),
+    "dtype is a list": ({"a": entry(dtype=["F32"])}, "unknown dtype"),
+    "negative shape": ({"a": entry(shape=[-2])}, "impossible shape"),
+    "shape is a number": ({"a": entry(shape=2)}, "impossible shape"),
+    "sizes are fractions": ({"a": entry(shape=[2.0])}, "impossible shape"),
+    "sizes are truths": ({"a": entry(shape=[True, 2])}, "impossible shape"),
+    "sizes are text": ({"a": entry(shape=["2"])}, "impossible shape"),
+    "a product beyond 64 bits": ({"a": entry(shape=[2**32, 2**32])}, "impossible shape"),
+    "huge, but for a zero": ({"a": entry(shape=[2**63, 0])}, "impossible shape"),
+    "too many dimensions": ({"a": entry(shape=[1] * 10_000)}, "impossible shape"),
+    "reversed offsets": ({"a": entry(data_offsets=[8, 0])}, "impossible offsets"),
+    "negative offsets": ({"a": entry(data_offsets=[-8, 0])}, "impossible offsets"),
+    "one offset": ({"a": entry(data_offsets=[8])}, "impossible offsets"),
+    "offsets are fractions": ({"a": entry(data_offsets=[0.0, 8.0])}, "impossible offsets"),
+    "another width": ({"a": entry(dtype="F16")}, "F16 of the shape"),
+    "another shape": ({"a": entry(shape=[3])}, "in 8 bytes"),
+    "an overlap": ({"a": entry(), "b": entry(data_offsets=[4, 12])}, "begins inside"),
+    "the same bytes twice": ({"a": entry(), "b": entry()}, "begins inside"),
+    "a gap": ({"a": entry(), "b": entry(data_offsets=[16, 24])}, "leaves a gap"),
+    "a gap before": ({"a": entry(data_offsets=[4, 12])}, "is the first and begins at byte 4"),
+    "strings are numbers": ({"__metadata__": {"a": 1}, "a": entry()}, "no object of strings"),
+    "strings are a list": ({"__metadata__": ["a"], "a": entry()}, "no object of strings"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(tmp_path: Path, lie: str) -> None:
+    header, told = LIES[lie]
+    size = max(
+        (each.get("data_offsets") or [0, 0])[-1] for each in header.values() if "shape" in each
+    )
+    data = b"\0" * (int(size) or 8)
+    with pytest.raises(CheckpointError, match=told):
+        read_header(write(tmp_path / "x", json.dumps(header).encode(), data))
+
+
+def test_bytes_behind_the_last_tensor(tmp_path: Path) -> None:
+    file = write(tmp_path / "x", json.dumps({"a": entry()}).encode(), b"\0" * 11)
+    with pytest.raises(CheckpointError, match="3 bytes lie behind the last tensor"):
+        read_header(file)
+    assert read_header(file, check_layout=False)[0] == {"a": entry()}
+
+
+def test_a_name_twice(tmp_path: Path) -> None:
+    one = json.dumps(entry())
+    with pytest.raises(CheckpointError, match="'a' twice"):
+        read_header(write(tmp_path / "x", f'{{"a": {one}, "a": {one}}}'.encode(), b"\0" * 8))
+
+
+def test_a_header_that_is_nested_to_exhaustion(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nested more than"):
+        read_header(write(tmp_path / "x", b'{"a":' * 100_000 + b"1" + b"}" * 100_000))
+
+
+def test_a_sparse_file_of_a_hundred_gigabytes(tmp_path: Path) -> None:
+    file = write(tmp_path / "x", json.dumps({"a": entry()}).encode(), b"\0" * 8)
+    os.truncate(file, 100_000_000_000)
+    with pytest.raises(CheckpointError, match="bytes lie behind the last tensor"):
+        read_header(file)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_header(tmp_path / "x")
+
+
+def test_faults_are_not_as_long_as_the_file(tmp_path: Path) -> None:
+    header = {f"{'x' * 1000}{i}": entry(dtype="?" * 1000) for i in range(1000)}
+    with pytest.raises(CheckpointError, match="and 994 more") as caught:
+        read_header(write(tmp_path / "x", json.dumps(header).encode()))
+    assert len(str(caught.value)) < 5_000
