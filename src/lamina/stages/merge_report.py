@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lamina.checkpoint.probe import ProbeComparison
+from lamina.errors import CheckpointError
 
 Verification = Literal["auto", "model", "samples", "none"]
+
+
+class NotAsExpectedError(CheckpointError):
+    """A merged model isn't what it should be."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 
 from lamina.checkpoint.probe import Outputs, ask, compare_answers
-from lamina.errors import CheckpointError, ProbeError
 from lamina.model.merging import Target
 from lamina.stages.bases import describe_base
 from lamina.stages.load import load
-from lamina.stages.merge_report import MergeReport, Verification, Verified
+from lamina.stages.merge_report import (
+    MergeReport,
+    NotAsExpectedError,
+    Verification,
+    Verified,
+)
 from lamina.stages.merged_files import MODEL_FILES, TOKENIZER_FILES, refuse_sources
 from lamina.storage.atomic import ADAPTER_FILES, atomic_directory
 
@@ -124,14 +128,15 @@ def compared(
     return verified
 
 
-def not_as_expected(verified: Verified) -> CheckpointError:
+def not_as_expected(verified: Verified) -> NotAsExpectedError:
     """The error that says how far the result is from what it should be."""
-    return CheckpointError(
+    fault = (
+        f"logits differ by up to {verified.max_difference:.3g}, where rounding explains "
+        f"{verified.tolerance or 0:.3g}; the largest is {verified.max_logit or 0:.3g}"
+    )
+    return NotAsExpectedError(
         f"The merged model doesn't answer as {verified.against}; nothing was saved.",
-        faults=[
-            f"logits differ by up to {verified.max_difference:.3g}, where rounding explains "
-            f"{verified.tolerance or 0:.3g}; the largest is {verified.max_logit or 0:.3g}"
-        ],
+        faults=[fault],
         cure="lamina verify ADAPTER says whether base and adapter answer as they did; "
         "verify='none' (--verify none) saves it all the same",
     )
@@ -153,6 +158,3 @@ def _save_tokenizer(sources: Sequence[str], target: Path) -> str | None:
             continue
         return source
     return None
-
-
-__all__ = ["ProbeError", "Request", "compared", "merge_in_memory", "not_as_expected"]

@@ -30,12 +30,12 @@ from lamina.checkpoint.stream.run import Told, run
 from lamina.engine.fold import not_foldable
 from lamina.engine.names import places
 from lamina.engine.ties import sharing
-from lamina.errors import CheckpointError, MissingFileError, StageError
+from lamina.errors import CheckpointError, FoldError, MissingFileError, StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.likeness import over, tell, updates_in_file
-from lamina.stages.merge_report import MergeReport
+from lamina.stages.merge_report import MergeReport, NotAsExpectedError
 from lamina.stages.merged_files import MODEL_FILES, copy_beside, refuse_sources, write_config
 from lamina.stages.merged_in_memory import Request
 from lamina.stages.merged_verify import verified_of
@@ -71,6 +71,7 @@ class Prepared:
         config: places in `config.json` that get other values.
         adapter_directory: where the adapter lies.
         identity: what tells this merge from others.
+        began: when, for `time.monotonic`.
     """
 
     asked: Request
@@ -86,6 +87,7 @@ class Prepared:
     config: dict[tuple[str, ...], Any]
     adapter_directory: Path
     identity: dict[str, Any]
+    began: float
 
 
 def prepare(asked: Request) -> Prepared:
@@ -95,6 +97,7 @@ def prepare(asked: Request) -> Prepared:
         NotStreamable: it has to be done in memory, and why.
         LaminaError: it can't be done at all.
     """
+    began = time.monotonic()
     others = [name for name in asked.options if name not in _KNOWN]
     if others:
         raise NotStreamable(f"{', '.join(others)} is for loading the base")
@@ -141,6 +144,7 @@ def prepare(asked: Request) -> Prepared:
         config=config,
         adapter_directory=found.config.parent,
         identity=_identity(files, (found.config, *found.weights), asked, config),
+        began=began,
     )
 
 
@@ -411,22 +415,26 @@ def merge_streaming(prepared: Prepared, told: Told | None = None) -> MergeReport
         CheckpointError: the disk is too small, or the result isn't what it should be.
         FoldError: NaN or infinity would come out.
     """
-    asked, plan, began = prepared.asked, prepared.plan, time.monotonic()
+    asked, plan = prepared.asked, prepared.plan
     sizes = {file.name: file.size for file in plan.files}
     headers = {file.name: file.header for file in plan.files}
     with unfinished(asked.place, prepared.identity, sizes, headers) as place:
         _refuse_too_small(place, sizes)
-        run(plan, prepared.base, place, told)
+        try:
+            run(plan, prepared.base, place, told)
+            tokenizer = _write_rest(prepared, place.model)
+            seconds = time.monotonic() - prepared.began
+            verified, why_not = verified_of(prepared, place.model)
+        except (FoldError, NotAsExpectedError):
+            place.discard()
+            raise
+        files = {
+            str(file.relative_to(place.model)): file.stat().st_size
+            for file in sorted(place.model.rglob("*"))
+            if file.is_file()
+        }
         with atomic_directory(asked.place, owned=(*ADAPTER_FILES, *MODEL_FILES)) as staging:
-            tokenizer = _write_rest(prepared, staging)
             place.hand_over(staging)
-            seconds = time.monotonic() - began
-            verified, why_not = verified_of(prepared, staging)
-            files = {
-                str(file.relative_to(staging)): file.stat().st_size
-                for file in sorted(staging.rglob("*"))
-                if file.is_file()
-            }
     return MergeReport(
         path=str(asked.place),
         model_class=prepared.model_class,

@@ -11,11 +11,10 @@ import torch
 from lamina.checkpoint.probe import Outputs, ask, compare_answers
 from lamina.checkpoint.record import Probe
 from lamina.checkpoint.stream.sample import sample
-from lamina.errors import CheckpointError
 from lamina.model import AutoPeftModel
 from lamina.model.auto import open_model
 from lamina.stages.load import load
-from lamina.stages.merge_report import Verified
+from lamina.stages.merge_report import NotAsExpectedError, Verified
 from lamina.stages.merged_in_memory import compared, not_as_expected
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _by_samples(prepared: Prepared, made: Path) -> Verified:
         prepared.file.config.to_dict(),
     )
     if found.wrong:
-        raise CheckpointError(
+        raise NotAsExpectedError(
             f"{len(found.wrong)} tensors of the merged model are not what they should be; nothing "
             "was saved.",
             faults=list(found.wrong[:8]),

@@ -18,7 +18,7 @@ from transformers import (
 
 from lamina import LoraConfig
 from tests import models
-from tests.checkpoint.stream.merging import differing, merged_both_ways, saved, tensors_of
+from tests.checkpoint.stream.merging import differing, merged_both_ways, saved
 
 LINEAR = ["q_proj", "down_proj"]
 

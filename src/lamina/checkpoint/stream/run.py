@@ -6,8 +6,9 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,21 @@ _CHUNK = 2**25
 _CAST_ROWS_OF = 2**22
 
 Told = Callable[[int, int], None]
-Job = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step.
+
+    Attributes:
+        files: that it writes into.
+        size: bytes that it writes.
+        do: does it.
+    """
+
+    files: tuple[str, ...]
+    size: int
+    do: Callable[[], None]
 
 
 class _Writer:
@@ -34,10 +49,9 @@ class _Writer:
     def __init__(self, place: Unfinished, plan: Plan, reader: Reader) -> None:
         self.place, self.reader = place, reader
         self.open: dict[str, int] = {}
-        self.left = Counter[str]()
         for file in plan.files:
             if file.name not in place.done:
-                self.open[file.name] = self._begin(place.directory / file.name, file.size)
+                self.open[file.name] = self._begin(place.model / file.name, file.size)
                 os.pwrite(self.open[file.name], file.header, 0)
 
     def _begin(self, path: Path, size: int) -> int:
@@ -133,43 +147,63 @@ def _work(
     plan: Plan, writer: _Writer, reader: Reader, place: Unfinished, told: Told | None
 ) -> None:
     jobs = list(_jobs(plan, writer, reader))
-    left = Counter[str]()
-    for files, _, _ in jobs:
-        left.update(files)
-    total = plan.bytes
-    done = sum(file.size for file in plan.files if file.name in place.done)
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        for name in [name for name in writer.open if not left[name]]:
-            place.finish(name)
-        running: dict[Future[None], tuple[tuple[str, ...], int]] = {}
-        queue = iter(jobs)
-        try:
-            while True:
-                for files, size, job in queue:
-                    running[pool.submit(job)] = files, size
-                    if len(running) >= _AHEAD:
-                        break
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    files, size = running.pop(future)
-                    future.result()
-                    done += size
-                    left.subtract(files)
-                    for name in files:
-                        if not left[name]:
-                            place.finish(name)
-                if told is not None:
-                    told(done, total)
-        finally:
-            for future in running:
-                future.cancel()
+    with ThreadPoolExecutor(_WORKERS) as pool, ThreadPoolExecutor(1) as syncing:
+        tally = _Tally(plan, place, jobs, syncing)
+        for job in _carried_out(pool, jobs):
+            tally.note(job)
+            if told is not None:
+                told(tally.bytes, plan.bytes)
+        tally.wait()
 
 
-def _jobs(
-    plan: Plan, writer: _Writer, reader: Reader
-) -> Iterator[tuple[tuple[str, ...], int, Job]]:
-    """(files that are written into, bytes, what to do), in order."""
+class _Tally:
+    """What is left to do; a file of which nothing is left goes to the disk, and is finished."""
+
+    def __init__(self, plan: Plan, place: Unfinished, jobs: list[Job], pool: Executor) -> None:
+        self.place, self.pool = place, pool
+        self.bytes = sum(file.size for file in plan.files if file.name in place.done)
+        self.left = Counter(name for job in jobs for name in job.files)
+        empty = [f.name for f in plan.files if f.name not in place.done and not self.left[f.name]]
+        self.syncing = [pool.submit(place.finish, name) for name in empty]
+
+    def note(self, job: Job) -> None:
+        """Something is done."""
+        self.bytes += job.size
+        self.left.subtract(job.files)
+        self.syncing += [
+            self.pool.submit(self.place.finish, name) for name in job.files if not self.left[name]
+        ]
+
+    def wait(self) -> None:
+        """Until all is on the disk."""
+        for future in self.syncing:
+            future.result()
+
+
+def _carried_out(pool: Executor, jobs: list[Job]) -> Iterator[Job]:
+    """Each job when it is done; few are under way at a time, and at an error no more begin."""
+    running: dict[Future[None], Job] = {}
+    try:
+        for job in jobs:
+            running[pool.submit(job.do)] = job
+            if len(running) >= _AHEAD:
+                yield from _done(running)
+        while running:
+            yield from _done(running)
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _done(running: dict[Future[None], Job]) -> Iterator[Job]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        job = running.pop(future)
+        future.result()
+        yield job
+
+
+def _jobs(plan: Plan, writer: _Writer, reader: Reader) -> Iterator[Job]:
+    """All there is to do, in order."""
     for task in plan.tasks:
         wanted = tuple(output for output in task.outputs if writer.wants(output))
         if not wanted:
@@ -177,17 +211,16 @@ def _jobs(
         files = tuple({output.place.file for output in wanted})
         size = sum(output.place.end - output.place.begin for output in wanted)
         if task.is_copy:
-            yield files, size, _bound(writer.copy, task)
+            yield Job(files, size, _bound(writer.copy, task))
             continue
         blocks = list(_blocks(task))
         for rows in blocks:
-            job = _bound(_block, task, rows, writer, reader)
-            yield files, size // len(blocks), job
+            yield Job(files, size // len(blocks), _bound(_block, task, rows, writer, reader))
         if not blocks:
-            yield files, size, _bound(_whole, task, writer, reader)
+            yield Job(files, size, _bound(_whole, task, writer, reader))
 
 
-def _bound(function: Callable[..., None], *args: object) -> Job:
+def _bound(function: Callable[..., None], *args: object) -> Callable[[], None]:
     return lambda: function(*args)
 
 

@@ -115,13 +115,16 @@ def _expected(
     if not isinstance(change, Folded) or not _known(change) or module not in adapter:
         return None
     factors = adapter[module]
+    held = change.module._parameters[change.leaf]
+
+    def before(row: int) -> torch.Tensor:
+        if held is not None and not held.is_meta:
+            # The adapter has brought along what it lies over.
+            return held[row].detach()
+        return _read(base, source.file, source.key, row)
+
     return (
-        (
-            row,
-            _summed(
-                _read(base, source.file, source.key, row), row, change, factors, config, module
-            ),
-        )
+        (row, _summed(before(row), row, change, factors, config, module))
         for row in rows
         if row < source.shape[0]
     )
