@@ -55,6 +55,24 @@ def test_row_10_both_merges_are_offered_by_name_and_measured(tmp_path: Path) -> 
     assert measured["dequantized"].max_logit_difference < measured["quantized"].max_logit
 
 
+def test_row_10_the_record_says_which_base_is_the_right_one(tmp_path: Path) -> None:
+    config = llama_config(target_modules=["q_proj"])
+    model = lamina.begin_stage(models.tiny_llama(), name="one", config=config)
+    # So little that values of the usual size keep their bits in bf16.
+    fill(model, "one", size=1e-2)
+    lamina.save_stage(model, tmp_path)
+    lamina.load(tmp_path, models.tiny_llama().bfloat16())
+    with pytest.warns(lamina.MismatchWarning, match="but bitsandbytes int8 instead of dense"):
+        lamina.load(tmp_path, quantised_llama())
+    twice = lamina.load(tmp_path, models.tiny_llama()).merge_and_unload().bfloat16()
+    with pytest.raises(lamina.StageError, match="with the adapter folded in already"):
+        lamina.load(tmp_path, twice)
+    # Theirs adds the update a second time without a word.
+    theirs = peft.PeftModel.from_pretrained(models.tiny_llama(), tmp_path).merge_and_unload()
+    again = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    assert not torch.allclose(logits(again), logits(lamina.load(tmp_path, models.tiny_llama())))
+
+
 # --- row 11: tied embeddings come apart, or lose the head on load -------------------------------
 
 
@@ -227,6 +245,20 @@ def test_row_18_a_resized_vocabulary_costs_its_new_rows(tmp_path: Path) -> None:
     opened = lamina.load(tmp_path / "ours", models.tiny_llama())
     assert opened.config.vocab_size == new[-1] + 1
     assert torch.equal(logits(opened), logits(ours))
+
+
+def test_row_18_a_base_of_another_vocabulary_is_told_by_its_rows(tmp_path: Path) -> None:
+    model = lamina.begin_stage(models.tiny_llama(), name="one", config=llama_config())
+    fill(model, "one")
+    lamina.save_stage(model, tmp_path)
+    grown = models.tiny_llama()
+    grown.resize_token_embeddings(models.VOCABULARY + 8, mean_resizing=False)
+    with pytest.raises(lamina.StageError, match="but with 8 more rows in lm_head") as caught:
+        lamina.load(tmp_path, grown)
+    assert "allow_base_mismatch=True" in str(caught.value.cure)
+    opened = lamina.load(tmp_path, grown, allow_base_mismatch=True)
+    kept = logits(opened)[..., : models.VOCABULARY]
+    torch.testing.assert_close(kept, logits(lamina.load(tmp_path, models.tiny_llama())))
 
 
 # --- row 24: suffixes that hit the vision tower too ---------------------------------------------
