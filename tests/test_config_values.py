@@ -23,6 +23,7 @@ from lamina.config import (
     VeloraConfig,
 )
 from lamina.config.methods import MethodConfig
+from lamina.engine.init import initialisation
 from lamina.errors import ConfigError, LaminaError
 
 KINDS = [
@@ -114,3 +115,35 @@ def test_an_adapter_is_one_variant(one: str, two: str) -> None:
 def test_dora_has_no_bias_of_b() -> None:
     with pytest.raises(LaminaError, match="lora_bias=True is not supported for DoRA"):
         LoraConfig(use_dora=True, lora_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 10**12),
+        ("rank_pattern", {"q_proj": 2**25}),
+        ("lora_alpha", 10**400),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("qalora_group_size", 0),
+        ("alora_invocation_tokens", [2**70]),
+        ("trainable_token_indices", [2**40]),
+        ("layers_to_transform", 2**40),
+    ],
+)
+def test_numbers_that_no_model_has_room_for(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        LoraConfig(**{field: value})
+
+
+def test_a_file_asks_for_no_endless_initialisation() -> None:
+    with pytest.raises(ConfigError, match="loftq_iter=1000000, more than 100"):
+        LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**6})
+    assert initialisation("pissa_niter_999") is initialisation("pissa")
+    with pytest.raises(ConfigError, match="pissa_niter_1000"):
+        initialisation("pissa_niter_1000")
+
+
+@pytest.mark.parametrize("kind", [[], {}, ["LORA"], 7, "lora", "IA3"])
+def test_a_kind_of_adapter_that_is_none_of_ours(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="Lamina adapts models by LoRA only"):
+        LoraConfig.from_dict({"peft_type": kind})

@@ -28,9 +28,10 @@ class LaminaError(Exception):
 
     def __init__(self, what: str, *, faults: Sequence[str] = (), cure: str | None = None) -> None:
         self.what = printable(what)
-        self.faults = tuple(map(printable, faults[:_MOST_FAULTS]))
         if len(faults) > _MOST_FAULTS:
-            self.faults += (f"and {len(faults) - _MOST_FAULTS:,} more",)
+            rest = len(faults) - _MOST_FAULTS + 1
+            faults = [*faults[: _MOST_FAULTS - 1], f"and {rest:,} more"]
+        self.faults = tuple(map(printable, faults))
         self.cure = None if cure is None else printable(cure)
         super().__init__(str(self))
 

@@ -208,3 +208,30 @@ def test_shards(tmp_path: Path) -> None:
 def test_the_header_says_the_format(tmp_path: Path) -> None:
     with safe_open(stored(tmp_path), framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
+
+
+def sharded(tmp_path: Path, weight_map: dict[str, int], *files: dict[str, float]) -> Path:
+    stored(tmp_path).unlink()
+    names = [f"adapter_model-{n}.safetensors" for n in range(len(files))]
+    for name, values in zip(names, files, strict=True):
+        save_file({key: torch.full((2,), value) for key, value in values.items()}, tmp_path / name)
+    index = {"weight_map": {key: names[number] for key, number in weight_map.items()}}
+    (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    path = sharded(tmp_path, {"a": 0, "b": 1}, {"a": 1.0}, {"a": 2.0, "b": 3.0})
+    with pytest.raises(CheckpointError, match=r"'a' is in 'adapter_model-0\.safetensors' and in"):
+        read_adapter(path)
+
+
+def test_an_index_that_knows_other_tensors_than_its_shards(tmp_path: Path) -> None:
+    path = sharded(tmp_path, {"a": 0, "c": 1, "b": 0}, {"a": 1.0, "x": 2.0}, {"b": 3.0})
+    with pytest.raises(CheckpointError, match="contradict each other or their index") as caught:
+        read_adapter(path)
+    assert caught.value.faults == (
+        "'c' is to be in 'adapter_model-1.safetensors', and isn't",
+        "'b' is to be in 'adapter_model-0.safetensors', and isn't",
+        "'x' is in 'adapter_model-0.safetensors', not in the index",
+    )

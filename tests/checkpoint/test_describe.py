@@ -137,3 +137,57 @@ def test_the_first_pattern_that_matches_a_whole_name_decides() -> None:
     assert scaling_in(config, "a.q_proj", 4) == 0.5
     assert scaling_in(config, "a.proj", 4) == 0.25
     assert scaling_in(config, "a.fc", 4) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", 7),
+        ("modules_to_save", 0.5),
+        ("base_model_name_or_path", ["x"]),
+        ("auto_mapping", "x"),
+        ("lora_alpha", "loud"),
+        ("lora_alpha", 10**400),
+        ("r", {}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {"(?<=a+)b": 1}),
+        ("alpha_pattern", {"m": "x"}),
+        ("use_rslora", "yes"),
+        ("peft_type", {}),
+        ("peft_type", ["LORA"]),
+    ],
+)
+def test_a_config_of_strange_values_is_described_with_its_faults(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    tensors = {f"base_model.model.m.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    write_adapter(tmp_path, LoraConfig(r=1, target_modules=["m"]), tensors)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, field: value}))
+    found = describe_adapter(tmp_path)
+    assert any("config can't be honoured" in fault for fault in found.faults)
+    numbers = {"lora_alpha", "r", "rank_pattern", "alpha_pattern", "use_rslora"}
+    assert found.scaling == (() if field in numbers else (8.0,))
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_factors_that_do_not_go_together_are_a_fault(tmp_path: Path) -> None:
+    prefix = "base_model.model"
+    tensors = {
+        f"{prefix}.m.lora_A.weight": torch.ones(3, 4),
+        f"{prefix}.m.lora_B.weight": torch.ones(4, 2),
+        f"{prefix}.n.lora_A.weight": torch.ones(2, 4),
+        f"{prefix}.n.lora_B.weight": torch.ones(4, 0),
+        f"{prefix}.lost.lora_A.weight": torch.ones(0, 4),
+        f"{prefix}.lost.lora_B.weight": torch.ones(4, 0),
+    }
+    write_adapter(tmp_path, LoraConfig(r=1, target_modules=["m"]), tensors)
+    assert describe_adapter(tmp_path).faults == (
+        "m has factors of the shapes (3, 4) and (4, 2)",
+        "n has factors of the shapes (2, 4) and (4, 0)",
+    )
+
+
+def test_numbers_in_names_that_are_none_of_layers() -> None:
+    names = ["a.\u00b2.b", f"a.{'9' * 5_000}.b", "a.10.b", "a.9.b"]
+    assert sorted(names, key=natural_order)[-2:] == ["a.9.b", "a.10.b"]

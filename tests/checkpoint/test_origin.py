@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lamina.checkpoint.origin import PREFIX, UNKNOWN, ranks_in, record_of, split_key
 from lamina.checkpoint.record import Lamina, Stage, StageRecord
 from lamina.config import LoraConfig
-from lamina.errors import RecordError
+from lamina.errors import CheckpointError, RecordError
 
 Shapes = dict[str, list[int]]
 
@@ -149,3 +150,31 @@ def test_wrappers_and_adapter_names_in_the_names_are_seen_through() -> None:
         for key, x in shapes(a=4, b=2).items()
     }
     assert imported(LoraConfig(r=4), given).laminae[0].ranks == {"a": 4, "b": 2}
+
+
+def test_modules_without_ranks_are_none() -> None:
+    # All of them were taken away in training, as AdaLoRA does.
+    given = shapes(a=4, b=0)
+    assert ranks_in(given) == {"a": 4}
+    assert imported(LoraConfig(r=4), given).laminae[0].ranks == {"a": 4}
+
+
+@pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight"])
+@pytest.mark.parametrize("shape", [[], [4]])
+def test_a_factor_has_two_dimensions_at_least(leaf: str, shape: list[int]) -> None:
+    given = shapes(a=4) | {f"{PREFIX}a.{leaf}": shape}
+    with pytest.raises(CheckpointError, match="named like factors") as caught:
+        imported(LoraConfig(r=4), given)
+    assert caught.value.faults == (f"{PREFIX}a.{leaf} has the shape {shape}",)
+
+
+def test_many_modules_to_save_are_looked_through_fast() -> None:
+    wanted = [f"x{i}_proj" for i in range(200_000)] + ["head"]
+    others = {f"{PREFIX}deep.down.in.{i}.weight": [2, 2] for i in range(20)}
+    began = time.process_time()
+    record = imported(
+        LoraConfig(r=4, modules_to_save=wanted),
+        shapes(a=4) | others | {f"{PREFIX}head.weight": [2, 2]},
+    )
+    assert set(record.saved_modules) == {"head"}
+    assert time.process_time() - began < 2

@@ -18,6 +18,7 @@ from lamina.checkpoint.record import (
     Stage,
     StageRecord,
     json_schema,
+    name_fault,
     read_record,
 )
 from lamina.errors import RecordError
@@ -156,3 +157,39 @@ def test_reading_a_record_needs_no_torch() -> None:
     code = "import sys, lamina.checkpoint.origin; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 99.0, 1.0, None])
+def test_versions_are_counted_from_one(version: Any) -> None:
+    assert damaged(format_version=version)
+
+
+@pytest.mark.parametrize("rank", ["4", 4.0, True, None, [4]])
+def test_a_rank_is_no_text_of_digits(rank: Any) -> None:
+    lamina = {"stage": "chat", "config": {}, "ranks": {"a": rank}}
+    assert any("laminae.0.ranks.a" in fault for fault in damaged(laminae=[lamina]))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../up", "/etc/x", "a.b", "a\0", "a\nb", "\x1b[2J", "x" * 201]
+)
+def test_a_stage_has_no_name_that_is_a_way_out(name: str) -> None:
+    assert name_fault(name) is not None
+    stage = {**golden()["stages"][0], "name": name}
+    assert any("the stage" in fault for fault in damaged(stages=[stage], laminae=[]))
+
+
+def test_names_that_stages_may_have() -> None:
+    assert [name_fault(name) for name in ("sft", "a/b", "phase 2", "é", "x" * 200)] == [None] * 5
+
+
+def test_a_chain_is_not_endless() -> None:
+    stages = [{"name": f"s{i}", "mode": "continue"} for i in range(1_001)]
+    found = damaged(stages=stages, laminae=[], saved_modules={}, biases={})
+    assert any("at most 1,000 stages" in fault for fault in found)
+
+
+def test_a_field_twice_is_damage() -> None:
+    text = json.dumps(golden())
+    with pytest.raises(RecordError, match="'stages' twice"):
+        read_record({KEY: text.replace("{", '{"stages": [],', 1)})

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lamina.errors import CheckpointError, StageError
 from lamina.stages.diff import diff
@@ -119,3 +120,13 @@ def test_the_plot_is_a_picture_of_layers_and_modules(chain: Path) -> None:
     assert (chain / "change.png").read_bytes().startswith(b"\x89PNG")
     assert place_of("model.layers.11.self_attn.q_proj") == (11, "self_attn.q_proj")
     assert place_of("lm_head") == (None, "lm_head")
+
+
+def test_factors_that_are_no_numbers_are_refused(chain: Path) -> None:
+    file = chain / "chat" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)][0] = float("inf")
+    with safe_open(file, framework="pt") as opened:
+        save_file(tensors, file, opened.metadata())
+    with pytest.raises(CheckpointError, match="NaN or infinity in 1 module"):
+        diff(chain / "domain", chain / "chat")

@@ -97,7 +97,7 @@ def record_of(
         for module in sorted({*totals, *ranks})
         if totals.get(module) != ranks.get(module)
     ]
-    faults += _faults_of_others(record, shapes)
+    faults += faults_of_others(record, shapes)
     faults += _faults_of_rows(record, shapes)
     if faults:
         raise RecordError(
@@ -109,8 +109,8 @@ def record_of(
     return record
 
 
-def _faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
-    """What is wrong with modules trained whole and biases."""
+def faults_of_others(record: StageRecord, shapes: Iterable[str]) -> list[str]:
+    """What is wrong with modules trained whole and biases, by all names in a file."""
     unseen = {*record.saved_modules, *record.biases}
     faults = []
     for name, leaf in map(split_key, shapes):
@@ -198,6 +198,6 @@ def _saved_owner(name: str, wanted: tuple[str, ...]) -> str | None:
     for end in range(len(parts) - 1, 0, -1):
         owner = ".".join(parts[:end])
         # As peft means it: "norm" is also the end of "input_layernorm".
-        if any(owner.endswith(each) for each in wanted):
+        if owner.endswith(wanted):
             return owner
     return None
