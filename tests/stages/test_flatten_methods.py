@@ -24,9 +24,9 @@ from lamina.config import (
 )
 from lamina.errors import StageError
 from lamina.model import get_peft_model
-from lamina.stages import flatten, lineage, load
+from lamina.stages import flatten, lineage, load, rename_stage, split
 from tests import models
-from tests.adapters import fill
+from tests.adapters import fill, rewrite
 from tests.stages.chains import (
     CONFIG,
     WEIGHTS,
@@ -254,8 +254,9 @@ def test_pissa_lies_over_the_base_as_it_was(tmp_path: Path) -> None:
 def test_parameters_adapted_by_themselves_stay_as_they_are(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=[], target_parameters=["up.weight"])
     saved(tmp_path / "one", config, models.perceptron)
-    with pytest.raises(StageError, match="one plain adapter as it is"):
-        flatten(tmp_path / "one", tmp_path / "flat")
+    for change in (flatten, split):
+        with pytest.raises(StageError, match="one plain adapter already"):
+            change(tmp_path / "one", tmp_path / "flat")
 
 
 def test_replaced_rows_come_along(tmp_path: Path) -> None:
@@ -286,3 +287,30 @@ def test_rows_go_with_their_stage(tmp_path: Path) -> None:
     load(tmp_path / "first", models.tiny_llama())
     open_with_peft(tmp_path / "first")
     assert (tmp_path / "first" / CONFIG).is_file()
+
+
+def test_weights_of_the_base_that_were_written_along(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        models.tiny_llama(),
+        peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+    ).eval()
+    with torch.no_grad():
+        theirs.get_base_model().model.embed_tokens.base_layer.weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "one", save_embedding_layers=True)
+    report = flatten(tmp_path / "one", tmp_path / "flat")
+    assert "embed_tokens.base_layer.weight" in report.notes[0]
+    assert distance(answer(open_with_peft(tmp_path / "flat")), answer(theirs)) < 1e-6
+    assert distance(answer(load(tmp_path / "flat", models.tiny_llama())), answer(theirs)) < 1e-6
+    (part,) = split(tmp_path / "one", tmp_path / "parts").parts
+    assert part.notes == report.notes
+    assert distance(answer(open_with_peft(Path(part.path))), answer(theirs)) < 1e-6
+    with pytest.raises(StageError, match="can't have a record"):
+        rename_stage(tmp_path / "one", "imported", "sft")
+
+
+def test_an_adapter_without_ranks(tmp_path: Path) -> None:
+    saved(tmp_path / "one", llama_lora(modules_to_save=["lm_head"]))
+    rewrite(tmp_path / "one", lambda file: {k: x for k, x in file.items() if "lora" not in k})
+    for change in (flatten, split):
+        with pytest.raises(StageError, match="no ranks of 'imported'"):
+            change(tmp_path / "one", tmp_path / "out")

@@ -11,6 +11,7 @@ import torch
 
 from lamina.checkpoint.adapter import AdapterFile, write_adapter
 from lamina.checkpoint.digest import tensors_digest
+from lamina.checkpoint.origin import faults_of_others
 from lamina.checkpoint.record import KEY, Probe, StageRecord
 from lamina.config import LoraConfig, numbers
 from lamina.engine.compose import Factors
@@ -145,12 +146,21 @@ def with_probe(record: StageRecord, probe: Probe | None) -> StageRecord:
     return record.model_copy(update={"stages": (*record.stages[:-1], newest)})
 
 
-def write_stage(directory: Path, file: AdapterFile, record: StageRecord) -> StageRecord:
+def write_stage(directory: Path, file: AdapterFile, record: StageRecord) -> None:
     """Write an adapter with its record, which gets the digest of its weights.
 
     Strings that another tool has put into the header stay.
     """
-    record = record.model_copy(update={"weights": tensors_digest(file.tensors)})
-    kept = {name: text for name, text in file.metadata.items() if name not in (KEY, "format")}
-    write_adapter(directory, file.config, file.tensors, {**kept, **record.to_metadata()})
-    return record
+    strings = {name: text for name, text in file.metadata.items() if name not in (KEY, "format")}
+    if not no_stages(file, record):
+        record = record.model_copy(update={"weights": tensors_digest(file.tensors)})
+        strings |= record.to_metadata()
+    write_adapter(directory, file.config, file.tensors, strings)
+
+
+def no_stages(file: AdapterFile, record: StageRecord) -> list[str]:
+    """Tensors that no stage owns, so that the file can't have a record; a line each.
+
+    PEFT writes the embeddings of a base along where its vocabulary was resized.
+    """
+    return [fault.partition(" ")[0] for fault in faults_of_others(record, file.tensors)]

@@ -11,6 +11,7 @@ from typing import Any
 from lamina.checkpoint.adapter import WEIGHTS_NAME, read_adapter, write_adapter
 from lamina.checkpoint.chain import makers_of
 from lamina.checkpoint.header import read_header
+from lamina.checkpoint.origin import faults_of_others, plain_key
 from lamina.checkpoint.record import StageRecord
 from lamina.checkpoint.rewrite import rewrite_strings
 from lamina.config import CONFIG_NAME
@@ -127,12 +128,20 @@ def rename_stage(
             cure="`lamina lineage DIR` shows the names",
         )
     changed = _renamed(record, {old: new})
+    names = {key for file in files.weights for key in read_header(file)[0]}
+    along = faults_of_others(changed, map(plain_key, names))
+    if along:
+        raise StageError(
+            f"{files.root} can't have a record, and so no stage of a name.",
+            faults=along,
+            cure="resize the base as it was in training, begin a stage on it and save that",
+        )
     with atomic_directory(place) as staging:
         _rewrite(path, where, files, staging, changed)
         if out is not None:
             copy_tokenizer(files.config.parent, staging)
-    names = tuple(stage.name for stage in changed.stages)
-    return EditReport(str(place), names, renamed=(old, new))
+    now = tuple(stage.name for stage in changed.stages)
+    return EditReport(str(place), now, renamed=(old, new))
 
 
 def _place(path: str | Path, files: AdapterFiles, out: str | Path | None, force: bool) -> Path:

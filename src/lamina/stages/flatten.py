@@ -17,7 +17,7 @@ from lamina.engine.variants import variant_for
 from lamina.errors import StageError, nearest
 from lamina.stages.adalora import as_plain_lora
 from lamina.stages.approximate import approximate_updates
-from lamina.stages.assembling import with_probe, write_stage
+from lamina.stages.assembling import no_stages, with_probe, write_stage
 from lamina.stages.flat import Flat, flat_of, summed
 from lamina.stages.lamination import Chain, check_finite, take_apart
 from lamina.stages.replay import open_base, replay
@@ -127,6 +127,7 @@ def flatten(
     """
     place = check_destination(out, [path], force=force)
     file = as_plain_lora(read_adapter(path, **where))
+    check_destination(out, [file.source], force=force)
     chain = take_apart(file, as_stored=True)
     indices, faults = _chosen(chain, stages)
     faults += [
@@ -153,10 +154,11 @@ def flatten(
             else flat_of(file, chain, selection, summed(selection, None, None)).file
         )
         comparison, asked = replay(opened, reference, flat)
-        probe = probe or asked
+        # Of another base than the one on record, answers prove nothing.
+        probe = probe or (None if allow_base_mismatch else asked)
     with atomic_directory(place) as staging:
         write_stage(staging, flat.file, with_probe(flat.record, probe))
-        tokenizer = copy_tokenizer(path, staging)
+        tokenizer = copy_tokenizer(file.source, staging)
     return _report(place, file, selection, flat, tokenizer, comparison)
 
 
@@ -211,6 +213,9 @@ def _notes(file: AdapterFile, selection: Selection, flat: Flat) -> Iterator[str]
     record = flat.record
     if file.config.task_type is not None and flat.file.config.task_type is None:
         yield "task_type is left out, since its head is that of a stage that is left out"
+    along = no_stages(flat.file, record)
+    if along:
+        yield f"has no record: {', '.join(along[:4])} is the base's, and no stage's"
     if record.left_out:
         yield (
             f"trained on top of {', '.join(record.left_out)}, left out here; without that it is "
@@ -270,9 +275,6 @@ def _method_faults(
 ) -> list[str]:
     """Why the adapter's update is not, or not yet, something that one plain LoRA can hold."""
     config = chain.parts[-1].config
-    if config.target_parameters:
-        what = "target_parameters lie in the file otherwise than ranks of modules"
-        return [f"parameters: {what}; it is one plain adapter as it is"]
     variant = variant_for(config)
     name = type(variant).__name__
     if variant.is_sum:
@@ -299,7 +301,6 @@ def _cure(faults: Sequence[str]) -> str:
         "all of it",
         "base": "base=... (--base BASE)",
         "method": "use the adapter as it is",
-        "parameters": "use the adapter as it is",
     }
     return "; ".join(
         way for what, way in ways.items() if any(fault.startswith(what) for fault in faults)

@@ -52,9 +52,11 @@ def select(chain: Chain, indices: Sequence[int], *, sums_apart: bool = False) ->
         sums_apart: let the newest stage have what is a sum of several in the file.
 
     Raises:
-        StageError: the biases of B, which are summed in the file, would have to be told apart.
+        StageError: there are no ranks in it, or the biases of B, which are summed in the file,
+            would have to be told apart.
     """
     parts = tuple(chain.parts[index] for index in sorted(indices))
+    _refuse_what_has_no_ranks(chain, parts)
     whole = len(parts) == len(chain.parts)
     if whole:
         return Selection(chain, True, (), ())
@@ -81,6 +83,20 @@ def select(chain: Chain, indices: Sequence[int], *, sums_apart: bool = False) ->
     chosen = Chain(chain.source, record, parts, others, chain.embeddings & modules, rows)
     left_out = tuple(s.name for s in chain.record.stages if s.name not in names)
     return Selection(chosen, False, left_out, gone)
+
+
+def _refuse_what_has_no_ranks(chain: Chain, parts: Sequence[Part]) -> None:
+    if any(part.config.target_parameters for part in parts):
+        raise StageError(
+            f"In {chain.source} target_parameters lie otherwise than ranks of modules do.",
+            cure="use it as it is: it is one plain adapter already",
+        )
+    if not any(part.factors for part in parts):
+        names = ", ".join(repr(part.lamina.stage) for part in parts)
+        raise StageError(
+            f"In {chain.source} there are no ranks of {names}: no adapter can be made of them.",
+            cure="use it as it is",
+        )
 
 
 def _record(record: StageRecord, parts: Sequence[Part], names: set[str]) -> StageRecord:

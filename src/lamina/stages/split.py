@@ -10,8 +10,9 @@ from typing import Any
 
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.chain import makers_of
+from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
-from lamina.stages.assembling import own_adapter, write_stage
+from lamina.stages.assembling import no_stages, own_adapter, write_stage
 from lamina.stages.lamination import Chain, take_apart
 from lamina.stages.names import name_faults
 from lamina.stages.selection import Selection, select
@@ -87,6 +88,7 @@ def split(path: str | Path, out: str | Path, **where: Any) -> SplitReport:
     """
     place = check_destination(out, [path])
     file = read_adapter(path, **where)
+    check_destination(out, [file.source])
     chain = take_apart(file)
     names = [part.lamina.stage for part in chain.parts]
     _check_names(names, file.source)
@@ -96,7 +98,7 @@ def split(path: str | Path, out: str | Path, **where: Any) -> SplitReport:
         tokenizer: tuple[str, ...] = ()
         for name, selection, own in zip(names, selections, files, strict=True):
             write_stage(staging / name, own, selection.chain.record)
-            tokenizer = copy_tokenizer(path, staging / name)
+            tokenizer = copy_tokenizer(file.source, staging / name)
     summed = _summed_biases(chain)
     parts = [
         _part(place, file, chain, index, selection, own, summed)
@@ -158,11 +160,14 @@ def _part(
         rows=len(rows),
         parameters=sum(tensor.numel() for tensor in own.tensors.values()),
         left_out=record.left_out,
-        notes=(*_notes(chain, index, selection, summed), *_task_note(file, own)),
+        notes=(*_notes(chain, index, selection, summed), *_file_notes(file, own, record)),
     )
 
 
-def _task_note(file: AdapterFile, own: AdapterFile) -> Iterator[str]:
+def _file_notes(file: AdapterFile, own: AdapterFile, record: StageRecord) -> Iterator[str]:
+    along = no_stages(own, record)
+    if along:
+        yield f"has no record: {', '.join(along[:4])} is the base's, and no stage's"
     if file.config.task_type is not None and own.config.task_type is None:
         yield "task_type is left out, since its head is another stage's: load that one after this"
 
