@@ -78,12 +78,11 @@ def _tell(findings: Findings, judgement: Judgement) -> None:
     if effect is None or not judgement.base_passed:
         # From another base, an effect says nothing.
         return
-    if effect.is_certain:
-        told = (
-            f"{effect.size:.2f} of the adapter's recorded effect (± {max(effect.error, 0.01):.2f})"
-        )
+    if effect.is_certain or not effect.passed:
+        room = max(effect.error + effect.lost, 0.01)
+        told = f"{effect.size:.2f} of the adapter's recorded effect (± {room:.2f})"
         (findings.passed if effect.passed else findings.failed)("effect", told)
-    elif chain.passed and chain.tolerance is not None:
+    elif chain.passed:
         findings.notes.append(
             f"the adapter changes the answers by {effect.expected:.2g} on average, too little to "
             f"be told from rounding in {chain.judged_by}"

@@ -102,7 +102,7 @@ def open_tokenizer(tokenizer: Any, near: list[str]) -> Any:
         if tokenizer is None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             continue
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             if tokenizer is not None:
                 raise LaminaError(
