@@ -28,7 +28,7 @@ from transformers import (
 from lamina.checkpoint.record import Sketch
 from lamina.checkpoint.sketch import FileWeights, Likeness, Over, compare, sketch_files
 from lamina.checkpoint.sketch.memory import ModelWeights, sketch_model
-from lamina.checkpoint.sketch.sampling import samples
+from lamina.checkpoint.sketch.stored import samples
 from lamina.config import LoraConfig
 from lamina.engine.names import places
 from lamina.errors import MissingFileError
@@ -539,6 +539,23 @@ def test_a_sketch_of_a_large_model_is_small() -> None:
         assert len(samples(found)) == tensors
         assert found.samples >= 2
         assert len(found.model_dump_json()) < 6_000
+
+
+def test_of_very_many_tensors_some_are_sampled() -> None:
+    def build(seed: int) -> nn.Module:
+        with models.seeded(seed):
+            return nn.ModuleList(nn.Linear(3, 3) for _ in range(1_000))
+
+    sketch = sketch_model(build(0))
+    found = samples(sketch)
+    assert len(found) == 2_000
+    assert sum(sample.positions is not None for sample in found) == 1_024
+    assert sketch.tensors == ("{0-999}.bias 3", "{0-999}.weight 3x3")
+    assert len(sketch.model_dump_json()) < 8_000
+    assert told(sketch, build(0)).sentence.endswith(
+        "has the weights of 'someone/tiny', the recorded base"
+    )
+    assert told(sketch, build(1)).verdict == "other"
 
 
 def test_a_sketch_takes_no_longer_than_a_look(tmp_path: Path) -> None:

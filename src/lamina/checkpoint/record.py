@@ -75,10 +75,10 @@ class Sketch(_Part):
     @model_validator(mode="after")
     def _can_be_read(self) -> Sketch:
         # Here, because most records are read for something else, and numpy takes a while.
-        from lamina.checkpoint.sketch.sampling import VERSION, samples
+        from lamina.checkpoint.sketch.stored import VERSION, check
 
         if self.version == VERSION:
-            samples(self)
+            check(self)
         return self
 
 

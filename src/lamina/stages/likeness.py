@@ -19,7 +19,7 @@ from lamina.stages.lamination import Chain, take_apart
 
 if TYPE_CHECKING:
     from lamina.checkpoint.sketch.folded import Update, Updates
-    from lamina.checkpoint.sketch.sampling import Floats, Positions
+    from lamina.checkpoint.sketch.stored import Floats, Positions
 
 
 def base_likeness(

@@ -20,7 +20,7 @@ from lamina.storage.shards import shard_names
 
 if TYPE_CHECKING:
     from lamina.checkpoint.record import Sketch
-    from lamina.checkpoint.sketch.sampling import Floats, Positions
+    from lamina.checkpoint.sketch.stored import Floats, Positions
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -10,7 +10,7 @@ import numpy as np
 from lamina.checkpoint.sketch.matching import STEP, Pair
 
 if TYPE_CHECKING:
-    from lamina.checkpoint.sketch.sampling import Floats, Positions
+    from lamina.checkpoint.sketch.stored import Floats, Positions
 
     # (plain module name, shape of its weight, flat positions) -> what is added there; None if that
     # is not known. A weight that is stored the other way round may have it in two ways.

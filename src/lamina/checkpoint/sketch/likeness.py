@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from lamina.checkpoint.sketch import words
 from lamina.checkpoint.sketch.folded import folded
 from lamina.checkpoint.sketch.matching import Findings, correlation, match, module_of
-from lamina.checkpoint.sketch.sampling import VERSION, Weights, samples
+from lamina.checkpoint.sketch.sampling import Weights
+from lamina.checkpoint.sketch.stored import VERSION, Sample, samples
+from lamina.errors import RecordError
 
 if TYPE_CHECKING:
     from lamina.checkpoint.record import Sketch
@@ -77,6 +79,9 @@ def compare(
         over: the adapter; without one, nothing is told of updates that are folded in.
         name: what the recorded base was loaded from.
         here: what the base at hand was loaded from.
+
+    Raises:
+        RecordError: the sketch is damaged.
     """
     base = f"{name!r}, the recorded base" if name else "the recorded base"
     this = repr(here) if here and here != name else "this"
@@ -105,13 +110,23 @@ def compare(
 
 def _match(recorded: Sketch, weights: Weights, over: Over) -> Findings:
     return match(
-        samples(recorded),
+        _samples(recorded),
         weights,
         halved=recorded.dtype == "float16",
         whole=recorded.whole,
         replaced=over.replaced,
         rows=over.rows,
     )
+
+
+def _samples(recorded: Sketch) -> list[Sample]:
+    try:
+        return samples(recorded)
+    except ValueError as error:
+        raise RecordError(
+            f"The sketch of the base in the stage record is damaged: {error}.",
+            cure="pass allow_base_mismatch=True to go on without it, and save the stage again",
+        ) from error
 
 
 def _verdict(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lamina.checkpoint.sketch.sampling import Sample, Tensor, Weights, rounded, some_quantised
+from lamina.checkpoint.sketch.sampling import Tensor, Weights, rounded, some_quantised
+from lamina.checkpoint.sketch.stored import Sample
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lamina.checkpoint.sketch.sampling import Floats, Positions
+    from lamina.checkpoint.sketch.stored import Floats, Positions
 
 # Relative distance of neighbouring bfloat16 numbers, at most.
 STEP = 2.0**-7
@@ -52,7 +53,7 @@ class Findings:
         flat: those of them of which all values are one, as a bias of zeros: they tell little.
         near: quantised here or there, and alike but for that.
         differing: with other values.
-        unread: quantised and not among those that are looked at, or all the adapter's own.
+        unread: not among those that are looked at, or all the adapter's own.
         hidden: with values that can't be looked at, here or there.
         missing: not here, nor under another name.
         extra: here, and not on record.
@@ -120,9 +121,8 @@ def match(
         if kept.any() and actual in chosen:
             wanted[sample.name] = (sample, actual, kept)
         else:
-            dark = sample.positions is None or not tensor.readable
-            passed_over = tensor.quantised or sample.quantised or not dark
-            (found.unread if passed_over else found.hidden).append(sample.name)
+            dark = not tensor.quantised and (sample.unread or not tensor.readable)
+            (found.hidden if dark else found.unread).append(sample.name)
     _compare(wanted, weights, found, halved)
     known = {*names.values(), *(n for n in tensors if _within(n, replaced))}
     found.extra = [name for name in tensors if name not in known]

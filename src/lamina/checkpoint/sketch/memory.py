@@ -19,7 +19,7 @@ from lamina.engine.names import places
 from lamina.engine.weights import BaseWeight, DenseWeight, weight_of
 
 if TYPE_CHECKING:
-    from lamina.checkpoint.sketch.sampling import Floats, Positions
+    from lamina.checkpoint.sketch.stored import Floats, Positions
 
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
