@@ -34,7 +34,7 @@ def empty_model(
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     kind = getattr(transformers, named, None)
     with torch.device("meta"):
-        if kind is not None:
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return cast(nn.Module, kind(config))
         auto = (
             transformers.AutoModelForCausalLM

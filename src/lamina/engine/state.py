@@ -19,6 +19,9 @@ from lamina.engine.biases import TrainedBiases
 from lamina.engine.routing import Routing
 from lamina.errors import AdapterNameError, nearest
 
+# Filesystems allow a folder's name 255 bytes.
+_LONGEST = 200
+
 
 @dataclass(frozen=True)
 class Override:
@@ -172,12 +175,15 @@ class AdapterState:
             )
         reserved = not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name)
         # As a folder's name, "/x" would lie outside of the directory that is saved to.
-        if reserved or name.startswith("/") or hasattr(nn.ParameterDict, name):
+        no_folder = (
+            name.startswith("/") or "\0" in name or len(name.encode("utf-8", "replace")) > _LONGEST
+        )
+        if reserved or no_folder or hasattr(nn.ParameterDict, name):
             raise AdapterNameError(
                 f"{name!r} can't be an adapter's name: it becomes a part of parameter names, and a "
                 "folder's name.",
-                cure="use a string without dots that is no attribute of a torch module, nor a path "
-                "from the root",
+                cure="use a short string without dots that is no attribute of a torch module, nor "
+                "a path from the root",
             )
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 from lamina.config import PeftConfig
@@ -25,13 +26,16 @@ _HUB = ("token", "cache_dir", "local_files_only", "force_download")
 def open_model(kind: Any, name: str, *, cure: str, **options: Any) -> Any:
     """`kind.from_pretrained(name)`, with what went wrong in one message.
 
+    Code that comes with a model runs only if `trust_remote_code=True` is among the options; without
+    that word transformers would ask on the terminal.
+
     Raises:
         MissingFileError: there is no such model.
         CheckpointError: it can't be read.
     """
     try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(name, **{"trust_remote_code": False, **options})
+    except (OSError, ValueError, UnpicklingError) as error:
         # What follows the first line is advice on the hub, also where a directory was meant.
         faults = [str(error).strip().partition("\n")[0]]
         if not os.path.isdir(name):

@@ -152,7 +152,8 @@ def _save_tokenizer(sources: Sequence[str], target: Path) -> str | None:
         if not source or (local and not any((place / f).exists() for f in TOKENIZER_FILES)):
             continue
         try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer.save_pretrained(target)
         except (OSError, ValueError, ImportError):
             # An adapter on the hub rarely has one, and a model may do without.
             continue
