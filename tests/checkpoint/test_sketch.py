@@ -268,6 +268,15 @@ def test_an_update_in_the_targets_alone(dtype: torch.dtype) -> None:
     )
 
 
+def test_an_update_in_files(tmp_path: Path) -> None:
+    moved(models.tiny_gpt2(), TINY, "c_attn.weight").bfloat16().save_pretrained(tmp_path)
+    targets = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
+    sketch = sketch_model(models.tiny_gpt2())
+    likeness = compare(sketch, FileWeights(tmp_path), Over(targets=targets))
+    assert likeness.verdict == "merged"
+    assert "in all 2 weights that the adapter targets" in likeness.sentence
+
+
 def test_an_update_in_some_of_the_targets() -> None:
     merged = moved(models.tiny_llama(), TINY, "layers.1.self_attn.q_proj")
     targets = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
@@ -481,6 +490,22 @@ def test_another_quantiser() -> None:
     likeness = told(quantised_llama("nf4"), quantised_llama("bnb-int8"))
     assert likeness.verdict == "quantised"
     assert "bitsandbytes int8 instead of bitsandbytes nf4" in likeness.sentence
+
+
+def test_a_quantiser_that_fails_hides_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> Any:
+        raise RuntimeError("no kernel for this device")
+
+    sketch = sketch_model(quantised_llama("nf4"))
+    with monkeypatch.context() as patched:
+        patched.setattr("lamina.engine.weights.bnb.Bnb4bitWeight.read", fail)
+        blind = sketch_model(quantised_llama("nf4"))
+        for recorded in (sketch, sketch_model(wider_llama())):
+            likeness = told(recorded, quantised_llama("nf4"))
+            assert likeness.verdict == "same"
+            assert "of its weights can't be" in likeness.sentence
+        assert told(sketch, quantised_llama("nf4", seed=1)).verdict == "other"
+    assert told(blind, quantised_llama("nf4")).verdict == "same"
 
 
 def test_codes_in_files_are_not_compared(tmp_path: Path) -> None:

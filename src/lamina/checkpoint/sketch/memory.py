@@ -71,11 +71,16 @@ class ModelWeights:
 
     @torch.no_grad()
     def read(self, wanted: Mapping[str, Positions]) -> dict[str, Floats]:
-        """The values of these tensors at flat positions, as float32."""
+        """The values of these tensors at flat positions, as float32.
+
+        NaN where a quantiser fails.
+        """
         found = {}
         for name, positions in wanted.items():
-            holder = self._holders[name]
-            values = holder.read() if isinstance(holder, BaseWeight) else holder.detach()
+            values = _values(self._holders[name])
+            if values is None:
+                found[name] = torch.full((len(positions),), torch.nan)
+                continue
             # A view of what isn't contiguous can't be flattened without a copy of all of it.
             index = tuple(
                 torch.from_numpy(each).to(values.device)
@@ -83,6 +88,16 @@ class ModelWeights:
             )
             found[name] = (values if values.dim() else values[None])[index].float()
         return _on_cpu(found)
+
+
+def _values(holder: nn.Parameter | BaseWeight) -> torch.Tensor | None:
+    if not isinstance(holder, BaseWeight):
+        return holder.detach()
+    try:
+        return holder.read()
+    except Exception:
+        # The kernel of a quantiser may be for another device; training doesn't need it.
+        return None
 
 
 def _on_cpu(found: Mapping[str, torch.Tensor]) -> dict[str, Floats]:
