@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from lamina.checkpoint.probe import compare_logits, in_eval, values_of
 from lamina.engine.dequantise import Source, merged_densely, quantised_places
 from lamina.engine.fold import fold, unfold, unfolded
 from lamina.engine.names import places
@@ -69,7 +69,7 @@ def compare_merges(
     if base is not None:
         originals = _originals(root, base)
         ways["original"] = merged_densely(root, state, dtype=dtype, source=originals)
-    with _in_eval(model):
+    with in_eval(model):
         with unfolded(root, state):
             before = _logits(model, inputs)
         found = []
@@ -110,33 +110,17 @@ def _originals(root: nn.Module, base: nn.Module) -> Source:
     return lambda place: dense[place.name].read()
 
 
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _logits(model: nn.Module, inputs: Any) -> torch.Tensor:
     given = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = getattr(given, "logits", None)
-    if logits is None:
-        logits = given if isinstance(given, torch.Tensor) else given[0]
-    return torch.as_tensor(logits).float()
+    return values_of(given)[0].float()
 
 
 def _compare(target: str, before: torch.Tensor, after: torch.Tensor) -> MergeComparison:
-    expected, actual = F.log_softmax(before, -1), F.log_softmax(after, -1)
-    kl = (expected.exp() * (expected - actual)).sum(-1).mean()
-    agree = (before.argmax(-1) == after.argmax(-1)).float().mean()
+    found = compare_logits(before, after)
     return MergeComparison(
         target=target,
-        max_logit_difference=float((before - after).abs().max()),
+        max_logit_difference=found.max_difference,
         max_logit=float(before.abs().max()),
-        kl=max(float(kl), 0.0),
-        top1_agreement=float(agree),
+        kl=found.kl or 0.0,
+        top1_agreement=found.top1 or 0.0,
     )

@@ -5,8 +5,8 @@ twice, a prefix that hit nothing. What a model answers to a few tokens tells.
 """
 
 from lamina.checkpoint.probe.answers import answers_of, make_probe
-from lamina.checkpoint.probe.asking import Outputs, ask, probe_tokens
-from lamina.checkpoint.probe.comparison import ProbeComparison, compare_answers
+from lamina.checkpoint.probe.asking import Outputs, ask, in_eval, probe_tokens, values_of
+from lamina.checkpoint.probe.comparison import ProbeComparison, compare_answers, compare_logits
 from lamina.checkpoint.probe.effect import Effect, along, effect_of
 from lamina.checkpoint.probe.tolerance import Tolerance, tolerance_for
 
@@ -19,8 +19,11 @@ __all__ = [
     "answers_of",
     "ask",
     "compare_answers",
+    "compare_logits",
     "effect_of",
+    "in_eval",
     "make_probe",
     "probe_tokens",
     "tolerance_for",
+    "values_of",
 ]

@@ -81,7 +81,7 @@ def ask(model: Any, tokens: Sequence[int] | None = None) -> Outputs | None:
     try:
         with _undisturbed(model, device):
             given = model(**_inputs(model, asked, device))
-        values, kind = _values(given)
+        values, kind = values_of(given)
     except Exception as error:
         # A model raises whatever it likes.
         said = str(error).strip().partition("\n")[0]
@@ -237,12 +237,13 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(kind, enabled=False))
         # A graph compiled for training isn't what is asked, nor worth a second one.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_in_eval(model))
+        stack.enter_context(in_eval(model))
         yield
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """All of a model in eval mode for a while; afterwards each module has the mode it had."""
     # Flags alone: `train()` may be overridden, and do more.
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
@@ -260,7 +261,7 @@ def _packs(module: nn.Module) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
-def _values(given: Any) -> tuple[torch.Tensor, Literal["logits", "hidden states"]]:
+def values_of(given: Any) -> tuple[torch.Tensor, Literal["logits", "hidden states"]]:
     """Positions x outputs of whatever a forward returns."""
     named: Mapping[str, Any] = given if isinstance(given, Mapping) else vars(given or object)
     if isinstance(named.get("logits"), torch.Tensor):

@@ -45,7 +45,9 @@ class ProbeComparison:
 
 
 @dataclass(frozen=True)
-class _Figures:
+class Figures:
+    """What is measured of two answers; see `ProbeComparison`."""
+
     max_difference: float
     kl: float | None
     top1: float | None
@@ -102,7 +104,7 @@ def compare_answers(
     )
 
 
-def _within(figures: _Figures, tolerance: Tolerance) -> bool:
+def _within(figures: Figures, tolerance: Tolerance) -> bool:
     if not math.isfinite(figures.max_difference):
         return False
     judged = [
@@ -113,30 +115,39 @@ def _within(figures: _Figures, tolerance: Tolerance) -> bool:
     return all(judged)
 
 
-_INCOMPARABLE = _Figures(math.inf, None, None)
+_INCOMPARABLE = Figures(math.inf, None, None)
 
 
-def _of_all(expected: Outputs, actual: Outputs) -> _Figures:
-    one, other = expected.values.double(), actual.values.double()
+def _of_all(expected: Outputs, actual: Outputs) -> Figures:
+    one, other = expected.values, actual.values
     if one.shape != other.shape or not (expected.is_finite and actual.is_finite):
         return _INCOMPARABLE
-    difference = float((one - other).abs().max())
-    if actual.kind != "logits":
-        return _Figures(difference, None, None)
+    figures = compare_logits(one, other)
+    return figures if actual.kind == "logits" else Figures(figures.max_difference, None, None)
+
+
+def compare_logits(expected: torch.Tensor, actual: torch.Tensor) -> Figures:
+    """The largest difference, the mean divergence and the share of the same first choices.
+
+    Args:
+        expected: positions x outputs.
+        actual: likewise.
+    """
+    one, other = expected.double(), actual.double()
     p, q = F.log_softmax(one, 1), F.log_softmax(other, 1)
     kl = float((p.exp() * (p - q)).sum(1).mean())
     agree = float((one.argmax(1) == other.argmax(1)).double().mean())
-    return _Figures(difference, max(kl, 0.0), agree)
+    return Figures(float((one - other).abs().max()), max(kl, 0.0), agree)
 
 
-def _of_some(expected: Answers, actual: Outputs) -> _Figures:
+def _of_some(expected: Answers, actual: Outputs) -> Figures:
     theirs = torch.tensor(expected.digest, dtype=torch.float64)
     ours = torch.tensor(rounded(digest(actual.values.double())), dtype=torch.float64)
     if theirs.shape != ours.shape or not actual.is_finite:
         return _INCOMPARABLE
     difference = float((theirs - ours).abs().max())
     if not expected.tokens:
-        return _Figures(difference, None, None)
+        return Figures(difference, None, None)
     at = logits_at(expected, actual)
     if at is None:
         return _INCOMPARABLE
@@ -144,7 +155,7 @@ def _of_some(expected: Answers, actual: Outputs) -> _Figures:
     difference = max(difference, float((logits - at).abs().max()))
     first = torch.tensor([row[0] for row in expected.tokens])
     agree = float((actual.values.argmax(1) == first).double().mean())
-    return _Figures(difference, _kl_of_some(expected, logits, at, actual), agree)
+    return Figures(difference, _kl_of_some(expected, logits, at, actual), agree)
 
 
 def logits_at(expected: Answers, actual: Outputs) -> torch.Tensor | None:

@@ -86,15 +86,15 @@ def look_at_tokenizer(findings: Findings, contents: Contents, tokenizer: Any) ->
     if tokenizer is None:
         findings.unchecked("tokenizer", "none was given, nor lies with the adapter or its base")
         return
-    where = getattr(tokenizer, "name_or_path", None)
+    place = getattr(tokenizer, "name_or_path", None)
+    where = f" of {place}" if place else ""
     faults = tokenizer_faults(recorded, tokenizer)
     for fault in faults:
         findings.failed("tokenizer", fault)
         findings.blame(
             Cause(
                 "another tokenizer",
-                f"the tokenizer{f' of {where}' if where else ''} is not the one that the stage was "
-                f"{fault}",
+                f"the tokenizer{where} is another one: the stage was {fault}",
                 "use the tokenizer that was saved with the stage or its base",
             )
         )
