@@ -202,6 +202,18 @@ def test_a_config_that_cannot_be_honoured_is_told_before_anything_else(tmp_path:
     assert len(refused.value.faults) == 2
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_told_by_module(tmp_path: Path, bad: float) -> None:
+    tensors = made.factors()
+    key = f"{made.PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
+    tensors[key][0, 0] = bad
+    for target in ("vllm", "peft", "mlx"):
+        with pytest.raises(ExportError, match="NaN or infinity in 1 module") as refused:
+            export(made.write(tmp_path / "a", tensors), tmp_path / "out", target=target)
+        assert refused.value.faults == ("model.layers.1.mlp.down_proj",)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_code_of_a_base_is_run(tmp_path: Path) -> None:
     base = made.base_config(tmp_path / "base", model_type="x", auto_map={"AutoConfig": "evil.C"})
     (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")

@@ -20,7 +20,7 @@ from lamina.errors import ExportError
 
 if TYPE_CHECKING:
     from lamina.checkpoint.probe import ProbeComparison
-    from lamina.stages.export import ExportCheck, ExportReport
+    from lamina.stages.export_report import ExportCheck, ExportReport
 
 
 class For(str, enum.Enum):

@@ -17,6 +17,7 @@ from lamina.checkpoint.record import read_record
 from lamina.config.patterns import first_match
 from lamina.errors import ExportError
 from lamina.stages.export import check_export, export
+from tests import models
 from tests.checkpoint.export import made
 
 
@@ -142,6 +143,9 @@ def test_copies_of_the_bases_table_are_left_out_only_if_they_are_its_own(tmp_pat
         adapter = made.write(tmp_path / "a", tensors)
         assert not check_export(adapter, target="vllm").ok
         assert check_export(adapter, target="vllm", base=str(base)).ok == ok
+        model = models.tiny_llama(vocab_size=made.VOCABULARY, hidden_size=made.HIDDEN)
+        model.model.embed_tokens.weight.data.copy_(own)
+        assert check_export(adapter, target="vllm", base=model).ok == ok
 
 
 def test_a_refusal_says_all_that_is_wrong_and_writes_nothing(tmp_path: Path) -> None:
