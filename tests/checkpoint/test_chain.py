@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lamina.checkpoint.chain import chain_of
+from lamina.checkpoint.chain import chain_of, makers_of
 from lamina.checkpoint.record import Lamina, Mode, Stage, StageRecord
 from lamina.config import LoraConfig
 
@@ -45,6 +45,12 @@ def test_a_chain_that_goes_on_from_an_unknown_origin() -> None:
 def test_where_laminae_are_not_those_of_the_modes_only_the_last_trainer_is_certain() -> None:
     chain = chain_of(record(("a", "fresh"), ("b", "stack"), ("c", "stack"), laminae=("a", "c")))
     assert [stage.trained for stage in chain.stages] == [0, None, 1]
+    assert makers_of(
+        record(("a", "fresh"), ("b", "stack"), ("c", "stack"), laminae=("a", "c"))
+    ) == [
+        ("a",),
+        ("b", "c"),
+    ]
     assert [group.trained_last_by for group in chain.groups] == ["a", "c"]
 
 
@@ -54,3 +60,38 @@ def test_what_each_stage_left_in_the_file() -> None:
     assert [stage.saved_modules for stage in chain.stages] == [(), ("head",)]
     assert [stage.biases for stage in chain.stages] == [("m.bias", "n.bias"), ()]
     assert chain.groups[0].scaling == (3.0,)
+
+
+def flattened(**more: Any) -> StageRecord:
+    """a, b and c as one, with d on top, which e went on training."""
+    config = LoraConfig(r=2, target_modules=["q"]).to_dict()
+    modes: dict[str, Mode] = {
+        "a": "fresh", "b": "stack", "c": "continue", "d": "merge", "e": "continue"
+    }  # fmt: skip
+    return StageRecord(
+        stages=tuple(Stage(name=name, mode=mode) for name, mode in modes.items()),
+        laminae=(
+            Lamina(stage="c", config=config, ranks={"m": 2}, made_of=("a", "b", "c"), error=0.25),
+            Lamina(stage="e", config=config, ranks={"m": 2}),
+        ),
+        **more,
+    )
+
+
+def test_stages_that_were_put_together() -> None:
+    chain = chain_of(flattened(left_out=("z",)))
+    assert [stage.trained for stage in chain.stages] == [None, None, 0, 1, 1]
+    assert chain.groups[0].made_of == ("a", "b", "c")
+    assert chain.groups[0].error == 0.25
+    assert [(g.begun_by, g.continued_by) for g in chain.groups] == [("c", ()), ("d", ("e",))]
+    assert chain.left_out == ("z",)
+    assert makers_of(flattened()) == [("a", "b", "c"), ("d", "e")]
+
+
+def test_whoever_went_on_with_stages_that_were_put_together() -> None:
+    before = flattened()
+    whole = before.laminae[0].model_copy(update={"stage": "d"})
+    stages = (*before.stages[:3], Stage(name="d", mode="continue"))
+    chain = chain_of(StageRecord(stages=stages, laminae=(whole,)))
+    assert [stage.trained for stage in chain.stages] == [None, None, 0, 0]
+    assert (chain.groups[0].begun_by, chain.groups[0].continued_by) == ("c", ("d",))

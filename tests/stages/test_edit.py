@@ -22,6 +22,7 @@ from lamina.stages import (
     lineage,
     load,
     rename_stage,
+    split,
     verify,
 )
 from tests import models
@@ -327,3 +328,33 @@ def test_a_stage_that_was_left_out_keeps_its_name(
     flatten(three[1], tmp_path / "part", stages=["domain", "dpo"])
     with pytest.raises(StageError, match="'chat' is a stage that was left out"):
         rename_stage(tmp_path / "part", "dpo", "chat")
+
+
+def test_a_record_without_ranks_is_told(tmp_path: Path) -> None:
+    run_stage(tmp_path / "one", llama_lora(modules_to_save=["lm_head"]))
+    tensors = {k: x for k, x in tensors_of(tmp_path / "one").items() if "lora" not in k}
+    metadata = metadata_of(tmp_path / "one")
+    record = json.loads(metadata["lamina"]) | {"laminae": []}
+    save_file(tensors, tmp_path / "one" / WEIGHTS, metadata={"lamina": json.dumps(record)})
+    changes = (
+        lambda: flatten(tmp_path / "one", tmp_path / "out"),
+        lambda: split(tmp_path / "one", tmp_path / "out"),
+        lambda: drop_last_stage(tmp_path / "one", tmp_path / "out"),
+    )
+    for change in changes:
+        with pytest.raises(CheckpointError, match="no ranks of any stage"):
+            change()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_without_ranks_goes_with_the_one_after_it(tmp_path: Path) -> None:
+    _, path = run_chain(tmp_path, THREE)
+    metadata = metadata_of(path)
+    record = json.loads(metadata["lamina"])
+    silent = {**record["stages"][1], "name": "silent"}
+    record["stages"].insert(2, silent)
+    save_file(tensors_of(path), path / WEIGHTS, metadata={"lamina": json.dumps(record)})
+    before = files_of(path)
+    with pytest.raises(StageError, match="'silent'"):
+        drop_last_stage(path)
+    assert files_of(path) == before

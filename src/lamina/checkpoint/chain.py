@@ -107,14 +107,25 @@ def unknown_chain(config: Mapping[str, Any], factors: Sequence[FactorShapes]) ->
 
 
 def makers_of(record: StageRecord) -> list[tuple[str, ...]]:
-    """For each lamina the stages that made its ranks what they are, oldest first."""
-    trained = _trained_groups(record)
-    found = []
-    for index, lamina in enumerate(record.laminae):
-        own = {s.name for s, i in zip(record.stages, trained, strict=True) if i == index}
-        own |= {*lamina.made_of, lamina.stage}
-        found.append(tuple(stage.name for stage in record.stages if stage.name in own))
-    return found
+    """For each lamina the stages that made its ranks what they are, oldest first.
+
+    Of a stage without ranks of its own it can't be told: it goes with those that came after it.
+    """
+    index = {lamina.stage: i for i, lamina in enumerate(record.laminae)}
+    index |= {name: i for i, lamina in enumerate(record.laminae) for name in lamina.made_of}
+    for stage, i in zip(record.stages, _trained_groups(record), strict=True):
+        if i is not None:
+            index[stage.name] = i
+    found: list[list[str]] = [[] for _ in record.laminae]
+    waiting: list[str] = []
+    for stage in record.stages:
+        waiting.append(stage.name)
+        if stage.name in index:
+            found[index[stage.name]] += waiting
+            waiting = []
+    if found:
+        found[-1] += waiting
+    return [tuple(names) for names in found]
 
 
 def _trained_groups(record: StageRecord) -> list[int | None]:

@@ -104,6 +104,11 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
+    if not record.laminae:
+        raise CheckpointError(
+            f"{file.source} has no ranks of any stage.",
+            cure="PeftModel.from_pretrained(model, DIR) opens what is in it",
+        )
     wholes, others, extras = _wholes(file)
     configs = [
         cast(LoraConfig, PeftConfig.from_dict(lamina.config, source=f"{file.source} (record)"))
