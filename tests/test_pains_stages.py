@@ -9,8 +9,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lamina import begin_stage, lineage, load
+from lamina import begin_stage, lineage, load, verify
 from lamina.model import PeftModel
 from tests import models
 from tests.stages.chains import (
@@ -21,6 +22,7 @@ from tests.stages.chains import (
     distance,
     fill_trainable,
     llama_lora,
+    metadata_of,
     open_with_peft,
     requires_grad,
     run_stage,
@@ -137,3 +139,59 @@ def test_saving_an_adapter_by_its_name_is_not_a_stage(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "stage")
     assert [stage.name for stage in lineage(tmp_path / "stage").stages] == ["one"]
     assert [s.name for s in lineage(tmp_path / "plain" / "one").stages] == ["imported"]
+
+
+# --- row 8: what was merged answers otherwise, and nobody is told --------------------------------
+
+
+def test_elsewhere_an_adapter_is_laid_over_a_base_that_has_it(dpo: tuple[PeftModel, Path]) -> None:
+    merged = load(dpo[1], models.tiny_llama()).merge_and_unload()
+    again = open_with_peft(dpo[1], build=lambda: merged)
+    assert distance(answer(again), answer(dpo[0])) > 1e-2
+
+
+def test_verify_reports_the_figures_and_fails_above_a_tolerance(
+    dpo: tuple[PeftModel, Path],
+) -> None:
+    model, path = dpo
+    honest = verify(path, models.tiny_llama())
+    assert honest.proved
+    merged = load(path, models.tiny_llama()).merge_and_unload()
+    report = verify(path, merged)
+    assert not report.passed
+    assert [cause.kind for cause in report.causes] == ["base already merged"]
+    for found, passed in ((honest.answers, True), (report.answers, False)):
+        assert found is not None
+        assert found.kl is not None
+        assert found.top1_agreement is not None
+        assert found.tolerance is not None
+        assert found.passed == passed == (found.max_difference <= found.tolerance)
+    # The tolerance is as many roundings of the largest logit as there are blocks, at the root.
+    asked = torch.tensor([path_tokens(path)])
+    with torch.no_grad():
+        largest = float(model(input_ids=asked).logits.abs().max())
+    assert honest.answers is not None
+    assert honest.answers.tolerance == pytest.approx(8 * 2**-17 * math.sqrt(3) * largest, rel=1e-5)
+
+
+def path_tokens(path: Path) -> tuple[int, ...]:
+    probe = lineage(path).newest.probe
+    assert probe is not None
+    return probe.tokens
+
+
+# --- row 1: an adapter loads and does nothing ----------------------------------------------------
+
+
+def test_an_adapter_that_does_nothing_fails_verification(
+    tmp_path: Path, dpo: tuple[PeftModel, Path]
+) -> None:
+    path = shutil.copytree(dpo[1], tmp_path / "empty")
+    tensors = {k: v * 0 if "lora_B" in k else v for k, v in tensors_of(path).items()}
+    save_file(tensors, path / WEIGHTS, metadata=metadata_of(dpo[1]))
+    # Elsewhere it opens without a word, and is the base.
+    there = open_with_peft(path)
+    assert torch.equal(answer(there), answer(models.tiny_llama()))
+    report = verify(path, models.tiny_llama())
+    assert not report.passed
+    assert [cause.kind for cause in report.causes] == ["adapter not applied"]
