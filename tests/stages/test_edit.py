@@ -308,6 +308,7 @@ def test_a_pickle_has_no_place_for_a_name(tmp_path: Path) -> None:
         ("dpo", "dpo", "the chain already has a stage 'dpo'"),
         ("dpo", "../up", "can't be used"),
         ("dpo", "a/b", "no folder's name should have"),
+        ("dpo", "a\udcff", "is no text"),
         ("dpo", "weight.x", "can't be used"),
         ("dpo", "", "can't be used"),
     ],

@@ -28,6 +28,9 @@ def name_faults(name: object) -> list[str]:
         faults.append(f"{name!r} begins or ends with blanks, or begins with '~'")
     if _DEVICES.fullmatch(name):
         faults.append(f"{name!r} is the name of a device on Windows")
-    if len(name.encode("utf-8", "replace")) > _LONGEST:
+    encoded = name.encode("utf-8", "replace")
+    if encoded.decode() != name:
+        faults.append(f"{name!r} is no text: it has halves of characters")
+    if len(encoded) > _LONGEST:
         faults.append(f"{name[:40] + '...'!r} is longer than {_LONGEST} bytes")
     return faults
