@@ -124,6 +124,20 @@ def test_other_architectures_keep_the_order_of_rows(tmp_path: Path) -> None:
         assert made.off(opened.delta(NAMES[module]), delta) < 1e-6
 
 
+def test_weights_that_are_stored_in_by_out_lie_as_all_others(tmp_path: Path) -> None:
+    # GPT-2's weights are in x out; A and B of an adapter are as everywhere.
+    module, outer = "transformer.h.0.attn.c_attn", 3 * made.HIDDEN
+    a, b = made.values(2, made.HIDDEN, seed=1), made.values(outer, 2, seed=2)
+    tensors = {f"{made.PREFIX}{module}.lora_A.weight": a, f"{made.PREFIX}{module}.lora_B.weight": b}
+    config = made.adapter_config(fan_in_fan_out=True, rank_pattern={}, alpha_pattern={})
+    base = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    opened = write(tmp_path, made.write(tmp_path / "a", tensors, config), base=base)
+    assert opened.ne["blk.0.attn_qkv.weight.lora_a"] == (made.HIDDEN, 2)
+    assert opened.ne["blk.0.attn_qkv.weight.lora_b"] == (2, outer)
+    expected = 2.0 * (b.double() @ a.double()).numpy()
+    assert made.off(opened.delta("blk.0.attn_qkv"), expected) < 1e-7
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind", "tolerance"),
     [(torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 1e-2), (None, "F32", 1e-6)],
