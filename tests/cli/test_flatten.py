@@ -87,6 +87,12 @@ def test_lineage_of_what_was_flattened(chain: Path, tmp_path: Path) -> None:
     assert domain[2:4] == ["-", "-"]
 
 
+def test_lineage_of_one_stage_that_was_compressed(chain: Path, tmp_path: Path) -> None:
+    lamina("flatten", chain, "-o", tmp_path / "flat", "--stages", "domain", "--rank", 2)
+    shown = lamina("lineage", tmp_path / "flat").stdout
+    assert "added rank 2 to 4 modules (q_proj, v_proj); compressed, error 0." in shown
+
+
 def test_split(chain: Path, tmp_path: Path) -> None:
     done = lamina("split", chain, "-o", tmp_path / "parts", columns=80)
     assert done.exit_code == 0, done.output

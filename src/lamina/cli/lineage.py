@@ -75,18 +75,17 @@ def _changes(stage: StageSummary, chain: Chain) -> Iterator[str]:
 
 def _ranks_line(stage: StageSummary, group: RankGroup) -> str:
     modules = count_of(len(group.ranks), "module")
-    if group.made_of and group.made_of[-1] == stage.name:
-        return _flattened_line(group, modules)
     if group.begun_by not in (stage.name, None):
         return f"went on training {group.begun_by}'s rank {span(group.rank_range)} in {modules}"
+    lost = ""
+    if group.error is not None:
+        lost = f"; compressed, error {group.error:.2g}"
+    if group.made_of:
+        made_of = ", ".join(group.made_of)
+        return f"rank {span(group.rank_range)} in {modules} holds {made_of} as one{lost}"
     targets = group.target_modules
     named = targets if isinstance(targets, str) else some(targets)
-    line = f"added rank {span(group.rank_range)} to {modules} ({named})"
+    line = f"added rank {span(group.rank_range)} to {modules} ({named}){lost}"
     if group.continued_by:
         line += f", trained on by {some(group.continued_by)}"
     return line
-
-
-def _flattened_line(group: RankGroup, modules: str) -> str:
-    stages = f"rank {span(group.rank_range)} in {modules} holds {', '.join(group.made_of)} as one"
-    return stages if group.error is None else f"{stages}; compressed, error {group.error:.2g}"
