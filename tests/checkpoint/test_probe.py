@@ -245,6 +245,21 @@ def test_autocast_outside_does_not_count() -> None:
         assert torch.is_autocast_enabled("cpu")
 
 
+def test_products_are_not_rounded_to_tf32() -> None:
+    model = models.tiny_llama()
+    seen: list[str] = []
+    model.lm_head.register_forward_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        ask(model)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
 def test_random_states_stay_where_a_model_draws_in_eval_mode() -> None:
     model = models.tiny_llama()
     model.lm_head.register_forward_hook(lambda m, a, out: out + torch.rand_like(out))

@@ -235,10 +235,29 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(**(forked or {"devices": []})))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_full_precision())
         # A graph compiled for training isn't what is asked, nor worth a second one.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(in_eval(model))
         yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of fp32 are in fp32, and not in TF32, which a record would not tell."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # It was set for one backend alone, and can't be told apart.
+        before = "highest"
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
