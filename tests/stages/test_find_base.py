@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_the_recorded_revision_is_not_asked_of_another_base(
     save_stage(model, tmp_path / "domain")
     asked: list[tuple[str, str | None]] = []
 
-    def from_pretrained(name: str, *, revision: str | None = None) -> object:
+    def from_pretrained(name: str, *, revision: str | None = None, **options: Any) -> object:
         asked.append((name, revision))
         return models.tiny_llama()
 

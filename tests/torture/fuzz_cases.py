@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.torture import fuzz_bytes, fuzz_configs, fuzz_headers, fuzz_records
+from tests.torture import fuzz_bases, fuzz_bytes, fuzz_configs, fuzz_headers, fuzz_records
 from tests.torture.fuzz_bytes import Mutator
 from tests.torture.fuzz_corpus import KINDS
 
 _ANY = [*fuzz_bytes.MUTATORS, *fuzz_headers.MUTATORS, *fuzz_configs.MUTATORS]
 MUTATORS = [*_ANY, *fuzz_records.WITH_RECORD, *fuzz_records.WITH_INDEX]
+# Cases from this number on are mutants of the base's directory.
+FIRST_OF_BASE = 1_000_000
 _WITH_RECORD = ("chain", "bias of B", "biases", "PiSSA")
 _WITH_INDEX = ("sharded",)
 
@@ -25,7 +27,7 @@ class Case:
 
     Attributes:
         number: that it was made by.
-        kind: of `KINDS`.
+        kind: of `KINDS`, or the base.
         mutators: what was done to it, by names.
         told: in words.
     """
@@ -40,14 +42,17 @@ class Case:
 def mutant(number: int, corpus: Path, folder: Path) -> Iterator[tuple[Case, Path]]:
     """Make the directory of a case, and remove it."""
     rng = random.Random(number)
-    first = MUTATORS[number % len(MUTATORS)]
-    kind = rng.choice(_kinds_for(first))
+    of_base = number >= FIRST_OF_BASE
+    mutators = fuzz_bases.MUTATORS if of_base else MUTATORS
+    first = mutators[number % len(mutators)]
+    kind = fuzz_bases.NAME if of_base else rng.choice(_kinds_for(first))
     place = folder / f"case-{number}"
-    path = place / "adapter"
+    path = place / "mutant"
     shutil.copytree(corpus / kind, path)
     try:
         done = {}
-        for mutate in [first, *([rng.choice(_ANY)] if rng.random() < 0.1 else [])]:
+        more = mutators if of_base else _ANY
+        for mutate in [first, *([rng.choice(more)] if rng.random() < 0.1 else [])]:
             told = _mutate(mutate, rng, path)
             if told is not None:
                 done[mutate.__name__] = told

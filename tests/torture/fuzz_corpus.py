@@ -196,4 +196,7 @@ def make_corpus(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from tests.torture.fuzz_bases import make_base
+
     make_corpus(Path(sys.argv[1]))
+    make_base(Path(sys.argv[1]))

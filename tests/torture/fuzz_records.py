@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.torture.fuzz_bytes import Mutator, weights_in
-from tests.torture.fuzz_corpus import INDEX
 from tests.torture.fuzz_headers import parts, put
 from tests.torture.fuzz_json import dumps, rewritten, strange
 
@@ -239,10 +238,15 @@ def record_text(rng: random.Random, path: Path) -> str | None:
     return None
 
 
+def _index_in(path: Path) -> Path | None:
+    return next(iter(sorted(path.glob("*.index.json"))), None)
+
+
 def index_names(rng: random.Random, path: Path) -> str | None:
-    if not (path / INDEX).is_file():
+    file = _index_in(path)
+    if file is None:
         return None
-    index = json.loads((path / INDEX).read_text())
+    index = json.loads(file.read_text())
     old = rng.choice(sorted(set(index["weight_map"].values())))
     shutil.copy(path / old, path.parent / "outside.safetensors")
     name = rng.choice(
@@ -277,14 +281,15 @@ def index_names(rng: random.Random, path: Path) -> str | None:
     )
     weight_map = index["weight_map"]
     index["weight_map"] = {key: name if n == old else n for key, n in weight_map.items()}
-    (path / INDEX).write_bytes(dumps(index))
+    file.write_bytes(dumps(index))
     return f"a shard is called {str(name)[:60]!r}"
 
 
 def index_entries(rng: random.Random, path: Path) -> str | None:
-    if not (path / INDEX).is_file():
+    file = _index_in(path)
+    if file is None:
         return None
-    index = json.loads((path / INDEX).read_text())
+    index = json.loads(file.read_text())
     weight_map = index["weight_map"]
     key = rng.choice(sorted(weight_map))
     kind = rng.choice(["gone", "more", "moved", "strange", "only some", "many", "metadata"])
@@ -304,15 +309,16 @@ def index_entries(rng: random.Random, path: Path) -> str | None:
             weight_map.update({f"x{i}": f"x{i}.safetensors" for i in range(50_000)})
         case "metadata":
             index["metadata"] = strange(rng)
-    (path / INDEX).write_bytes(dumps(index))
+    file.write_bytes(dumps(index))
     return f"index: {kind}"
 
 
 def index_text(rng: random.Random, path: Path) -> str | None:
-    if not (path / INDEX).is_file():
+    file = _index_in(path)
+    if file is None:
         return None
-    told, text = rewritten(rng, (path / INDEX).read_text())
-    (path / INDEX).write_bytes(text)
+    told, text = rewritten(rng, file.read_text())
+    file.write_bytes(text)
     return f"index: {told}"
 
 

@@ -76,10 +76,8 @@ def run(numbers: Sequence[int], folder: Path, workers: int = 1) -> Result:
     corpus, place = folder / "corpus", folder / "mutants"
     corpus.mkdir()
     place.mkdir()
-    made = _python(["-m", "tests.torture.fuzz_corpus", str(corpus)], folder)
-    _, told = made.communicate()
-    if made.returncode:
-        raise RuntimeError(f"the corpus can't be made: {told}")
+    if _python(["-m", "tests.torture.fuzz_corpus", str(corpus)], folder).wait():
+        raise RuntimeError(f"the corpus can't be made: {_said(folder)}")
     shares = [list(numbers[start::workers]) for start in range(workers)]
     result = Result()
     with ThreadPoolExecutor(workers) as pool:
@@ -105,11 +103,12 @@ def _read_all(numbers: list[int], corpus: Path, place: Path, folder: Path) -> Re
                 result.add(told)
                 done += 1
         worker.kill()
-        _, said = worker.communicate()
+        worker.wait()
+        said = _said(folder)
         if done == len(numbers):
             break
         if begun is None:
-            raise RuntimeError(f"a worker didn't begin: {said[-2000:]}")
+            raise RuntimeError(f"a worker didn't begin: {said}")
         result.failures.append(f"case {begun}: the worker died or hung: {said[-500:]}")
         numbers = numbers[numbers.index(begun) + 1 :]
     return result
@@ -120,15 +119,21 @@ def _python(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     temporary.mkdir(exist_ok=True)
     # Nobody may look for a base on the network; torch has one thread per worker.
     here = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **here, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with (folder / "errors.txt").open("a") as errors:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **here, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+
+def _said(folder: Path) -> str:
+    """The end of what went to the workers' standard error."""
+    return (folder / "errors.txt").read_text(errors="replace")[-2000:]
 
 
 def _lines(stream: IO[str]) -> Iterator[str]:

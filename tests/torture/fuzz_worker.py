@@ -171,8 +171,9 @@ def _limit_addresses() -> None:
 
 
 def main(corpus: Path, folder: Path, numbers: list[int]) -> None:
-    from tests.torture.fuzz_cases import mutant
-    from tests.torture.fuzz_consumers import Subject, consumers, expected_answer
+    from tests.torture import fuzz_bases, fuzz_consumers
+    from tests.torture.fuzz_cases import FIRST_OF_BASE, mutant
+    from tests.torture.fuzz_consumers import Subject, expected_answer
     from tests.torture.fuzz_corpus import KINDS
 
     for kind in KINDS:
@@ -188,7 +189,8 @@ def main(corpus: Path, folder: Path, numbers: list[int]) -> None:
             watch.seen.clear()
             subject = Subject(path, case.kind, corpus)
             outcomes = []
-            for name, consume in consumers(number):
+            readers = fuzz_bases if number >= FIRST_OF_BASE else fuzz_consumers
+            for name, consume in readers.consumers(number):
                 outcome = _consume(name, partial(consume, subject))
                 if watch.seen:
                     outcome.failure = outcome.failure or f"it does {'; '.join(watch.seen[:3])}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 from lamina.config import PeftConfig
@@ -35,7 +34,8 @@ def open_model(kind: Any, name: str, *, cure: str, **options: Any) -> Any:
     """
     try:
         return kind.from_pretrained(name, **{"trust_remote_code": False, **options})
-    except (OSError, ValueError, UnpicklingError) as error:
+    except Exception as error:
+        # A damaged file makes transformers raise whatever it likes.
         # What follows the first line is advice on the hub, also where a directory was meant.
         faults = [str(error).strip().partition("\n")[0]]
         if not os.path.isdir(name):
@@ -43,6 +43,23 @@ def open_model(kind: Any, name: str, *, cure: str, **options: Any) -> Any:
         # To transformers, what isn't there is an OSError, what it can't read a ValueError.
         kind_of = MissingFileError if isinstance(error, OSError) else CheckpointError
         raise kind_of(f"The model {name!r} can't be opened.", faults=faults, cure=cure) from error
+
+
+def _class_of_transformers(name: object) -> Any:
+    """The class of a model, of which a file has the name.
+
+    Raises:
+        ConfigError: it is the name of anything else.
+    """
+    transformers = importlib.import_module("transformers")
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    of_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if of_model or (isinstance(name, str) and name.startswith("AutoModel") and found is not None):
+        return found
+    raise ConfigError(
+        f"auto_mapping says the base is a {str(name)[:80]!r}; transformers has no such model.",
+        cure="load the base yourself and pass it, lamina.load(path, base=base)",
+    )
 
 
 class AutoPeftModel:
@@ -124,8 +141,8 @@ class AutoPeftModel:
             return getattr(importlib.import_module("transformers"), cls.auto_class)
         mapping = config.auto_mapping or {}
         kind, library = mapping.get("base_model_class"), mapping.get("parent_library")
-        if kind and library and library.split(".")[0] == "transformers":
-            return getattr(importlib.import_module("transformers"), kind)
+        if isinstance(library, str) and library.split(".")[0] == "transformers":
+            return _class_of_transformers(kind)
         by_task = {c.facade: c for c in AutoPeftModel.__subclasses__()}
         found = by_task.get(PeftModel.for_task(config.task_type))
         if found is None:
