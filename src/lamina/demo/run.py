@@ -120,6 +120,7 @@ def run_demo(
             parent,
             metrics={f"perplexity/{key}": value for key, value in results.matrix[row].items()},
             data={"text": f"Python standard library: {text.name}", "blocks": len(text.train)},
+            tokenizer=tokenizer,
         )
         results.stages[text.name] = str(parent)
         console.print(stage_summary(text.name, results.matrix))
@@ -214,7 +215,9 @@ def _finish(results: Results, out: Path, console: Console) -> None:
             target.print(samples_table(results.samples))
             for library, difference in results.reload.items():
                 target.print(_reload_line(library, difference))
+    newest = list(results.stages.values())[-1]
     console.print(f"Plot: {out / 'matrix.png'}. Took {results.seconds:.0f} s.")
+    console.print(f"To see that it still answers so: lamina verify {newest}", highlight=False)
 
 
 def _reload_line(library: str, difference: float | None) -> str:
