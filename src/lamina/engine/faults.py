@@ -34,13 +34,17 @@ def unsupported(name: str, module: nn.Module, pattern: str, in_attention: bool) 
 def silent_patterns(field: str, patterns: Sequence[str], names: Collection[str]) -> list[str]:
     """A line for each pattern that matched nothing."""
     endings = {ending for name in names for ending in suffixes(name)} if patterns else set()
-    return [f"{field}: {p!r} matched 0 modules{_hint(p, endings)}" for p in patterns]
+    # To find what is nearest takes a while each time.
+    return [
+        f"{field}: {p!r} matched 0 modules{_hint(p, endings, look=i < _SHOWN)}"
+        for i, p in enumerate(patterns)
+    ]
 
 
-def _hint(pattern: str, endings: set[str]) -> str:
+def _hint(pattern: str, endings: set[str], *, look: bool) -> str:
     if pattern in endings:
         return "; there are modules of that name, but none that this adapter adapts"
-    close = nearest(pattern, endings)
+    close = nearest(pattern, endings) if look else []
     return f"; nearest: {close[0]!r}" if close else ""
 
 
