@@ -259,7 +259,16 @@ def same_files(one: Path, other: Path) -> tuple[int, int]:
     return same, len(ours.keys() | theirs.keys())
 
 
-def measure(gigabytes: float, directory: Path) -> dict[str, Any]:
+def _keep_faster(rows: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) -> None:
+    """The faster of several, with the largest peak of all: others use the machine as well."""
+    before = rows.setdefault(name, found)
+    peak = max(before.get("peak", 0), found.get("peak", 0))
+    rows[name] = min(before, found, key=lambda row: row["seconds"])
+    if peak:
+        rows[name]["peak"] = peak
+
+
+def measure(gigabytes: float, directory: Path, repeat: int) -> dict[str, Any]:
     """Make, copy, merge and compare; see the module."""
     base, adapter = directory / "base", directory / "adapter"
     config = config_for(gigabytes)
@@ -269,13 +278,13 @@ def measure(gigabytes: float, directory: Path) -> dict[str, Any]:
     before = {file.name: file.stat().st_mtime_ns for file in base.iterdir()}
     rows: dict[str, dict[str, Any]] = {}
     for state, prepare in (("cold", forget), ("warm", remember)):
-        prepare(base)
-        rows[f"copy, {state}"] = {"seconds": copied(base, directory / "copy")}
-        prepare(base)
-        shutil.rmtree(directory / "streamed", ignore_errors=True)
-        rows[f"stream, {state}"] = merged(
-            adapter, directory / "streamed", base, "stream", "samples"
-        )
+        for _ in range(repeat):
+            prepare(base)
+            _keep_faster(rows, f"copy, {state}", {"seconds": copied(base, directory / "copy")})
+            prepare(base)
+            shutil.rmtree(directory / "streamed", ignore_errors=True)
+            found = merged(adapter, directory / "streamed", base, "stream", "samples")
+            _keep_faster(rows, f"stream, {state}", found)
     rows["in memory, warm"] = merged(adapter, directory / "whole", base, "whole", "none")
     same, tensors = same_files(directory / "streamed", directory / "whole")
     for row in rows.values():
@@ -317,11 +326,12 @@ def main() -> int:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--repeat", type=int, default=3, help="the fastest of so many counts")
     parser.add_argument("--directory", type=Path, help="where to work; a temporary one by default")
     parser.add_argument("--json", type=Path, help="where the figures are written")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.directory) as place:
-        found = measure(asked.gigabytes, Path(place))
+        found = measure(asked.gigabytes, Path(place), asked.repeat)
     show(found)
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -194,7 +194,7 @@ def _skeleton(file: AdapterFile, base: Path, files: ModelFiles) -> tuple[Any, di
 
     loader: Any = AutoPeftModel.base_class(file.config)
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise NotStreamable("the base is stored quantised")
         build = getattr(loader, "from_config", None) or loader._from_config
@@ -383,18 +383,30 @@ def _identity(
     files: ModelFiles, adapter: tuple[Path, ...], asked: Request, config: Mapping[Any, Any]
 ) -> dict[str, Any]:
     """What has to be the same for a merge to go on where another one stopped."""
-    stats = {name: (files.directory / name).stat() for name in files.names}
     return {
         "lamina": __version__,
         "torch": torch.__version__,
-        "base": {
-            name: [stats[name].st_size, stats[name].st_mtime_ns, files.headers[name]]
-            for name in files.names
-        },
+        "base": _state_of(files),
         "adapter": [_digest(path) for path in adapter],
         "dtype": str(asked.dtype),
         "config": repr(sorted(config.items())),
     }
+
+
+def _state_of(files: ModelFiles) -> dict[str, Any]:
+    stats = {name: (files.directory / name).stat() for name in files.names}
+    return {
+        name: [stats[name].st_size, stats[name].st_mtime_ns, files.headers[name]]
+        for name in files.names
+    }
+
+
+def _refuse_changed(prepared: Prepared) -> None:
+    if _state_of(prepared.files) != prepared.identity["base"]:
+        raise NotAsExpectedError(
+            f"The base in '{prepared.base}' was changed while it was merged; nothing was saved.",
+            cure="leave it alone, and merge again",
+        )
 
 
 def _digest(path: Path) -> str:
@@ -422,6 +434,7 @@ def merge_streaming(prepared: Prepared, told: Told | None = None) -> MergeReport
         _refuse_too_small(place, sizes)
         try:
             run(plan, prepared.base, place, told)
+            _refuse_changed(prepared)
             tokenizer = _write_rest(prepared, place.model)
             seconds = time.monotonic() - prepared.began
             verified, why_not = verified_of(prepared, place.model)

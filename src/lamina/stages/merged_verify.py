@@ -115,7 +115,7 @@ def _by_samples(prepared: Prepared, made: Path) -> Verified:
     )
     if found.wrong:
         raise NotAsExpectedError(
-            f"{len(found.wrong)} tensors of the merged model are not what they should be; nothing "
+            f"{len(found.wrong)} tensor(s) of the merged model aren't what they should be; nothing "
             "was saved.",
             faults=list(found.wrong[:8]),
             cure="merge again; if it stays so, look at the disk and the memory of this machine",

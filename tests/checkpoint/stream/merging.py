@@ -26,7 +26,7 @@ def saved(
     loader: Any = None,
 ) -> Path:
     """`base` and `adapter` in a directory; the adapter is filled with noise."""
-    size = 40_000 if shards else "50GB"
+    size = 12_000 if shards else "50GB"
     base.to(dtype).save_pretrained(directory / "base", max_shard_size=size)
     loader = loader or type(base)
     again = loader.from_pretrained(directory / "base", dtype=dtype)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 # Entries of a matrix that are made at a time: no temporary is larger.
-_BLOCK = 2**22
+_BLOCK = 2**20
 
 
 def lora_linear(
