@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from lamina.checkpoint.adapter import write_adapter
+from lamina.checkpoint.adapter import WEIGHTS_NAME
 from lamina.checkpoint.record import Base, Lamina, Stage, StageRecord
 from lamina.cli import app
-from lamina.config import LoraConfig
+from lamina.config import CONFIG_NAME, LoraConfig
 
 PREFIX = "base_model.model."
 MODULES = tuple(
@@ -84,7 +85,11 @@ def write_chain(
     """Write the chain; what is given takes the place of what it usually has."""
     record = record or chain_record()
     tensors = chain_tensors() if tensors is None else tensors
-    write_adapter(directory, config or chain_config(), tensors, record.to_metadata())
+    # A save refuses some of what a file may have: NaN, say.
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / WEIGHTS_NAME
+    save_file(tensors, file, metadata={"format": "pt", **record.to_metadata()})
+    (directory / CONFIG_NAME).write_text((config or chain_config()).to_json())
     return directory
 
 

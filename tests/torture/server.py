@@ -12,18 +12,22 @@ import os
 import resource
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lamina.storage import staging
 from tests.torture.cases import CASES, Case
 from tests.torture.storage_calls import Calls
 
 torch.set_num_threads(1)
+# Its own lock is shared with the children, and one that is killed may hold it for ever.
+tqdm.set_lock(threading.RLock())
 
 
 class Server:

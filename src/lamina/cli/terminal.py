@@ -95,14 +95,18 @@ def table(
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(
-            Text(escaped(column)),
+            Text(_one_line(column)),
             justify="right" if column in right else "left",
             overflow="fold" if column in folded else "ellipsis",
             no_wrap=column not in folded,
         )
     for row in rows:
-        made.add_row(*(Text(escaped(cell)) for cell in row))
+        made.add_row(*(Text(_one_line(cell)) for cell in row))
     return made
+
+
+def _one_line(text: str) -> str:
+    return escaped(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
@@ -112,7 +116,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in pairs:
         if value:
-            made.add_row(Text(escaped(name)), Text(escaped(value)))
+            made.add_row(Text(_one_line(name)), Text(_one_line(value)))
     return made
 
 
