@@ -249,6 +249,13 @@ def test_any_value_of_any_field_leads_to_findings(field: str, tmp_path: Path) ->
         assert "check-failed" not in found.codes()
 
 
+def test_more_patterns_than_can_be_looked_up(adapter: Path) -> None:
+    parts = plain()
+    parts.config["rank_pattern"] = {f".*layer{i}": 4 for i in range(100_000)}
+    found = examine(parts.write(adapter))
+    assert only(found, "patterns-too-many").severity == "error"
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_any_bytes_lead_to_findings(seed: int, adapter: Path) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import Base, Stage, StageRecord
 from lamina.config import LoraConfig
-from lamina.errors import RecordError
+from lamina.errors import CheckpointError
 
 
 @check
@@ -28,7 +28,7 @@ def record_against_tensors(
     shapes = {name: each.shape for name, each in tensors.items()}
     try:
         record_of(settings, shapes, dict(metadata), source="this adapter")
-    except RecordError as error:
+    except CheckpointError as error:
         what = (
             f"The stage record and the tensors contradict each other (among {len(record.stages)} "
         )
@@ -37,7 +37,7 @@ def record_against_tensors(
         )
         cure += "a plain adapter with PeftModel.from_pretrained"
         what += "stages)"
-        yield Finding("error", "record-contradicts", what, error.faults, cure)
+        yield Finding("error", "record-contradicts", what, error.faults or (error.what,), cure)
 
 
 @check
@@ -46,7 +46,12 @@ def weights_as_saved(tensors: Mapping[str, StoredTensor], record: StageRecord) -
     if record.weights is None:
         return
     files = {each.file for each in tensors.values()}
-    if files_digest(files) != record.weights:
+    try:
+        digest = files_digest(files)
+    except CheckpointError:
+        # That tensors don't lie as they should is told already.
+        return
+    if digest != record.weights:
         what = "The tensors are not those that were saved with the record: their digest is another"
         cure = "the file was damaged, or changed by a tool that kept the record: take it as it was "
         cure += "saved; if the change was meant, begin_stage(parent=DIR) and save_stage record anew"

@@ -106,7 +106,8 @@ def index_against_files(
     if stray:
         what = f"Shards are not named in {INDEX_NAME}: leftovers of another save"
         yield Finding("warning", "shard-stray", what, stray, f"delete {', '.join(stray)}")
-    wrong = tuple(k for k, name in table.items() if name not in missing and held.get(k) != name)
+    there = named - set(missing)
+    wrong = tuple(key for key, name in table.items() if name in there and held.get(key) != name)
     wrong += tuple(key for key in held if key not in table)
     if wrong:
         what = f"{INDEX_NAME} and the shards differ in which file has which tensors"

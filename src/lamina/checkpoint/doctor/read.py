@@ -20,6 +20,7 @@ from lamina.checkpoint.header import read_header
 from lamina.checkpoint.origin import plain_key
 from lamina.checkpoint.record import StageRecord, read_record
 from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
+from lamina.config.expressions import is_plain
 from lamina.errors import CheckpointError, LaminaError
 from lamina.storage.misplaced import INDEX_NAME, SAFETENSORS_NAME, no_config
 from lamina.storage.shards import shard_names
@@ -29,6 +30,9 @@ from lamina.storage.untrusted import open_regular
 
 _AGAIN = "copy, download or save the file again"
 _POINTER = b"version https://git-lfs"
+# Of looking a module up in a table: a name's entry costs 1.
+_COST_OF_EXPRESSION = 100
+_MOST_WORK = 50_000_000
 
 
 def adapter_directory(path_or_id: PathOrId, subfolder: str | None, **hub: Any) -> Path:
@@ -55,9 +59,12 @@ def read_evidence(directory: Path) -> tuple[Evidence, list[Finding]]:
         return Evidence(directory), [_unreadable(directory, error)]
     config, found = _read_config(directory, entries)
     findings += found
-    settings, found = _settings(config)
-    findings += found
     tensors, metadata, found = _read_tensors(directory, entries)
+    findings += found
+    if config is not None and _too_many_patterns(config, len(tensors or ())):
+        findings.append(_PATTERNS)
+        config = None
+    settings, found = _settings(config)
     findings += found
     record, found = _read_record(metadata)
     findings += found
@@ -144,6 +151,23 @@ def _adapters_inside(entries: Entries) -> bool:
         CONFIG_NAME in inside or folder.startswith("checkpoint-")
         for folder, inside in entries.folders.items()
     )
+
+
+_PATTERNS = Finding(
+    "error",
+    "patterns-too-many",
+    "rank_pattern and alpha_pattern have so many entries that none was looked at",
+    ("rank_pattern", "alpha_pattern"),
+    "give modules of one name one entry: {'q_proj': 8} means all of them",
+)
+
+
+def _too_many_patterns(config: dict[str, Any], tensors: int) -> bool:
+    """Whether looking up all modules would take minutes."""
+    tables = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    patterns = [str(each) for table in tables if isinstance(table, dict) for each in table]
+    cost = sum(1 if is_plain(each) else _COST_OF_EXPRESSION for each in patterns)
+    return cost * max(1, tensors) > _MOST_WORK
 
 
 def _settings(config: dict[str, Any] | None) -> tuple[LoraConfig | None, list[Finding]]:

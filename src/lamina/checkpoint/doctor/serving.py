@@ -35,9 +35,10 @@ def _largest(contents: Contents) -> tuple[str, ...]:
 @check
 def vllm(contents: Contents, target: str) -> Iterator[Finding]:
     """What vLLM refuses."""
+    halves = set(contents.halves)
     for fault in vllm_faults(contents, max_rank=rank_flag(contents.rank) or VLLM_RANKS[-1]):
         # These are told by checks of their own.
-        if fault.what in contents.halves or not contents.factors:
+        if fault.what in halves or not contents.factors:
             continue
         what = f"vLLM would refuse it: {fault.what}"
         yield Finding(_severity(target), "vllm-refuses", what, (), fault.cure)

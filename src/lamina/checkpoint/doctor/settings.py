@@ -20,6 +20,7 @@ from lamina.checkpoint.doctor.patterns import (
 from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.export.contents import Contents
 from lamina.checkpoint.record import Base, StageRecord
+from lamina.checkpoint.shapes import scaling_in
 from lamina.config import FORMAT_VERSION
 from lamina.config.patterns import first_match, matching
 from lamina.config.readable import numbers_hold
@@ -252,11 +253,9 @@ def scaling_on_record(
     config: dict[str, Any], contents: Contents, record: StageRecord
 ) -> Iterator[Finding]:
     """Whether the config's scaling is the one that the record was written with."""
-    from lamina.checkpoint.shapes import scaling_in
-
-    if not record.laminae:
+    newest = record.laminae[-1] if record.laminae else None
+    if newest is None or not numbers_hold(newest.config):
         return
-    newest = record.laminae[-1]
     wrong = []
     for each in contents.factors:
         r = newest.ranks.get(each.module)
