@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -159,6 +160,35 @@ def test_row_13_experts_have_ranks_of_their_own_with_dropout_and_several_adapter
     # Each expert is changed in its own way.
     assert len({round(float(each.detach().abs().sum()), 4) for each in after - before}) == 3
     torch.testing.assert_close(logits(merged), both, rtol=0, atol=1e-5)
+
+
+# --- row 14: empty or partial adapters ----------------------------------------------------------
+
+
+def placeholders(model: nn.Module) -> None:
+    """What ZeRO-3 leaves in place of parameters that other processes hold."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data = torch.empty(0)
+
+
+def test_row_14_an_empty_adapter_is_never_saved(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(models.tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    placeholders(theirs)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    # Elsewhere the file is written, and half of it is empty.
+    assert [tensor.numel() for key, tensor in saved.items() if "lora_A" in key] == [0, 0]
+    ours = lamina.get_peft_model(models.tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    gathered = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    placeholders(ours)
+    with pytest.raises(lamina.CheckpointError, match=r"2 of the 4 (?s:.*)lora_A.weight' is empty"):
+        ours.save_pretrained(tmp_path / "lamina")
+    assert not (tmp_path / "lamina").exists()
+    ours.save_pretrained(tmp_path / "lamina", state_dict=gathered)
+    again = load_file(tmp_path / "lamina" / "adapter_model.safetensors")
+    for key, tensor in again.items():
+        assert torch.equal(tensor, gathered[key.replace(".weight", ".default.weight")])
 
 
 # --- row 16: resuming loses adapters, or keeps a stale alpha ------------------------------------
