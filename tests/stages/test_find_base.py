@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lamina.config import LoraConfig
-from lamina.errors import MissingFileError, StageError
+from lamina.errors import (
+    CheckpointError,
+    ConfigError,
+    LaminaError,
+    MissingFileError,
+    StageError,
+)
 from lamina.stages import begin_stage, load, save_stage
+from lamina.stages.merged import save_merged
 from tests import models
 from tests.stages.chains import (
     answer,
@@ -92,3 +100,40 @@ def test_the_recorded_revision_is_not_asked_of_another_base(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
     load(tmp_path / "domain", "someone/other")
     assert asked == [("someone/other", None)]
+
+
+@pytest.mark.parametrize("kind", ["utils", "TrainingArguments", "pipeline", "__loader__", 7, {}])
+def test_a_file_opens_no_class_but_that_of_a_model(tmp_path: Path, kind: object) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    model = begin_stage(models.tiny_llama(), name="one", config=config)
+        models.tiny_llama(), name="one", config=LoraConfig(target_modules=["q_proj"])
+    )
+    save_stage(model, tmp_path / "one")
+    path = tmp_path / "one" / "adapter_config.json"
+    mapping = {"base_model_class": kind, "parent_library": "transformers.models"}
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "auto_mapping": mapping}))
+    with pytest.raises(ConfigError, match="transformers has no such model"):
+        load(tmp_path / "one", str(tmp_path))
+
+
+def test_a_base_of_strange_settings_is_an_error_of_ours(tmp_path: Path) -> None:
+    model = begin_stage(
+        models.tiny_llama(),
+        name="one",
+        config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    save_stage(model, tmp_path / "one")
+    models.tiny_llama().save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    values = json.loads(path.read_text())
+    for change in ({"hidden_act": ""}, {"intermediate_size": []}, {"architectures": [None, 1]}):
+        path.write_text(json.dumps({**values, **change}))
+        if "architectures" not in change:
+            with pytest.raises(CheckpointError, match="can't be opened"):
+                load(tmp_path / "one", str(tmp_path / "base"))
+        with pytest.raises(LaminaError):
+            save_merged(
+                tmp_path / "one", tmp_path / "out", base=str(tmp_path / "base"), streaming=True
+            )
+    assert not (tmp_path / "out").exists()

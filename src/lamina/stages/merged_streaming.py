@@ -200,14 +200,17 @@ def _skeleton(file: AdapterFile, base: Path, files: ModelFiles) -> tuple[Any, di
         build = getattr(loader, "from_config", None) or loader._from_config
         with torch.device("meta"):
             model = build(config, dtype=_dtype(files))
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except NotStreamable:
+        raise
+    except Exception as error:
+        # A config that is none makes transformers raise whatever it likes.
         said = str(error).strip().partition("\n")[0]
         raise NotStreamable(f"the model can't be built from its config alone ({said})") from error
     architectures = getattr(config, "architectures", None) or []
     if type(model).__name__ not in architectures:
+        told = " or ".join(map(str, architectures)) or "model of unknown class"
         raise NotStreamable(
-            f"the base is a {' or '.join(architectures) or 'model of unknown class'}, and the "
-            f"adapter is for a {type(model).__name__}"
+            f"the base is a {told}, and the adapter is for a {type(model).__name__}"
         )
     model.name_or_path = str(file.config.base_model_name_or_path)
     return model, model.config.to_dict()
