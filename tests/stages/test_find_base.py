@@ -106,8 +106,6 @@ def test_the_recorded_revision_is_not_asked_of_another_base(
 def test_a_file_opens_no_class_but_that_of_a_model(tmp_path: Path, kind: object) -> None:
     config = LoraConfig(target_modules=["q_proj"])
     model = begin_stage(models.tiny_llama(), name="one", config=config)
-        models.tiny_llama(), name="one", config=LoraConfig(target_modules=["q_proj"])
-    )
     save_stage(model, tmp_path / "one")
     path = tmp_path / "one" / "adapter_config.json"
     mapping = {"base_model_class": kind, "parent_library": "transformers.models"}

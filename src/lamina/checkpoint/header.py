@@ -172,12 +172,12 @@ def _entry_faults(key: str, entry: Any) -> list[str]:
     faults = []
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         faults.append(f"{name} has the fields {_some(sorted(entry))}")
-    dtype, shape, offsets = map(entry.get, ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         faults.append(f"{name} has the unknown dtype {_some(dtype)}")
     if not _is_shape(shape):
         faults.append(f"{name} has the impossible shape {_some(shape)}")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_span(offsets):
         faults.append(f"{name} has the impossible offsets {_some(offsets)}")
     return faults
 
@@ -192,10 +192,15 @@ def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < _LARGEST for n in value)
 
 
+def _is_span(offsets: Any) -> bool:
+    return _are_counts(offsets) and len(offsets) == 2 and bool(offsets[0] <= offsets[1])
+
+
 def _is_shape(shape: Any) -> bool:
     if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS:
         return False
-    return math.prod(size for size in shape if size) < _LARGEST
+    count: int = math.prod(size for size in shape if size)
+    return count < _LARGEST
 
 
 def _layout_faults(header: Mapping[str, Mapping[str, Any]], size: int) -> list[str]:
@@ -223,4 +228,4 @@ def _layout_faults(header: Mapping[str, Mapping[str, Any]], size: int) -> list[s
 def _has_its_length(entry: Mapping[str, Any]) -> bool:
     begin, end = entry["data_offsets"]
     bits: int = math.prod(entry["shape"]) * DTYPE_BITS[entry["dtype"]]
-    return bits == 8 * (end - begin)
+    return bits == 8 * int(end - begin)

@@ -6,15 +6,15 @@ an automaton can't do (groups that are referred to, looking around) has to be re
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-try:
-    from re import _constants as sre  # type: ignore[attr-defined]
-    from re import _parser as parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_constants as sre  # type: ignore[no-redef]
-    import sre_parse as parser  # type: ignore[no-redef]
+# What `re` itself reads expressions by; it has no public name.
+_INSIDE_RE = sys.version_info >= (3, 11)
+sre: Any = importlib.import_module("re._constants" if _INSIDE_RE else "sre_constants")
+parser: Any = importlib.import_module("re._parser" if _INSIDE_RE else "sre_parse")
 
 Test = Callable[[str], bool]
 
@@ -112,7 +112,8 @@ class Automaton:
 
     def _item(self, operation: Any, argument: Any, here: int) -> int:
         if operation in (sre.MAX_REPEAT, sre.MIN_REPEAT):
-            return self._repeat(*argument, here)
+            least, most, items = argument
+            return self._repeat(least, most, items, here)
         if operation is sre.BRANCH:
             end = self._new()
             for items in argument[1]:
@@ -126,7 +127,7 @@ class Automaton:
         self._steps[self._link(here, self._new())] = (_test(operation, argument), end)
         return end
 
-    def _repeat(self, least: int, most: int, items: Any, here: int) -> int:
+    def _repeat(self, least: int, most: Any, items: Any, here: int) -> int:
         for _ in range(least):
             here = self._sequence(items, self._link(here, self._new()))
         end = self._new()

@@ -95,8 +95,9 @@ def _ways_of(operation: Any, argument: Any) -> float:
     if operation in _REPEATS or str(operation) == "POSSESSIVE_REPEAT":
         least, most, inside = argument
         places = 2.0**_PER_REPEAT
-        chosen = math.log2(min(most - least + 1, places))
-        return chosen + _ways(inside) * min(most, places) + _nested(inside, most)
+        chosen: float = math.log2(min(most - least + 1, places))
+        rounds: float = min(most, places)
+        return chosen + _ways(inside) * rounds + _nested(inside, most)
     if isinstance(argument, (tuple, list)):
         # Groups, and what looks around.
         return sum(_ways(each) for each in argument if isinstance(each, parser.SubPattern))
