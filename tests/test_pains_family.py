@@ -175,9 +175,10 @@ def placeholders(model: nn.Module) -> None:
 def test_row_14_an_empty_adapter_is_never_saved(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(models.tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     placeholders(theirs)
-    theirs.save_pretrained(str(tmp_path / "peft"))
+    with pytest.warns(match="not gathered before save_pretrained"):
+        theirs.save_pretrained(str(tmp_path / "peft"))
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    # Elsewhere the file is written, and half of it is empty.
+    # Elsewhere that is a warning; the file is written, and half of it is empty.
     assert [tensor.numel() for key, tensor in saved.items() if "lora_A" in key] == [0, 0]
     ours = lamina.get_peft_model(models.tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     gathered = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
