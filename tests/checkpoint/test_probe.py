@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -42,7 +43,7 @@ from lamina.checkpoint.probe import (
     tolerance_for,
 )
 from lamina.checkpoint.probe.answers import PROJECTIONS, TOP, digest
-from lamina.checkpoint.record import Probe
+from lamina.checkpoint.record import Answers, Probe
 from lamina.config import LoraConfig
 from lamina.errors import ProbeError
 from lamina.model import get_peft_model
@@ -400,6 +401,36 @@ def test_nan_is_not_recorded() -> None:
     model.lm_head.weight.data[3] = math.nan
     with pytest.raises(ProbeError, match="answers NaN"):
         make_probe(model)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("digest", []),
+        ("digest", [[1.0, 2.0, 3.0, 4.0]] * 15),
+        ("digest", [[1.0, 2.0]] * 15 + [[1.0]]),
+        ("digest", [[math.nan] * 4] * 16),
+        ("logits", [[1.0] * 3] * 16),
+        ("logits", [[1.0] * 4] * 15 + [[]]),
+        ("tokens", [[-1] * 4] * 16),
+        ("tokens", [[2**40] * 4] * 16),
+        ("log_normaliser", [1.0]),
+        ("largest", math.inf),
+    ],
+)
+def test_a_damaged_probe_is_refused_when_it_is_read(part: str, value: Any) -> None:
+    values = answers_of(outputs(noise(16, 64))).model_dump(mode="json")
+    Answers.model_validate(values)
+    with pytest.raises(ValidationError):
+        Answers.model_validate(values | {part: value})
+
+
+@pytest.mark.parametrize("tokens", [[], list(range(5000))])
+def test_a_probe_asks_some_tokens(tokens: list[int]) -> None:
+    values = {"outputs": 64, "dtype": "float32", "chain": answers_of(outputs(noise(16, 64)))}
+    Probe(tokens=TOKENS, **values)
+    with pytest.raises(ValidationError, match="1 to 4096 tokens"):
+        Probe(tokens=tokens, **values)
 
 
 # --- comparing ----------------------------------------------------------------------------------

@@ -565,6 +565,16 @@ def test_a_plain_adapter_that_lacks_a_tensor(tmp_path: Path) -> None:
     assert key in blamed(verify(broken, models.tiny_llama()), "incomplete file")
 
 
+def test_a_probe_of_a_newer_version_is_not_replayed(runs: Path, tmp_path: Path) -> None:
+    def newer(record: dict[str, Any]) -> None:
+        record["stages"][-1]["probe"]["version"] = 2
+
+    report = verify(changed(runs / "chat", tmp_path / "chat", record=newer), models.tiny_llama())
+    assert report.passed
+    assert not report.proved
+    assert any("newer Lamina made the probe" in note for note in report.notes)
+
+
 def test_a_scale_that_contradicts_the_record_counts_where_there_is_no_probe(
     runs: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.checkpoint.header import data_start, read_header
 
@@ -43,8 +43,8 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         dtype = str(tensor.dtype).removeprefix("torch.")
         whole.update(_title(name, _CODES.get(dtype, dtype), tensor.shape))
         # Bytes as they lie in the file: in C order.
-        flat = tensor.cpu().contiguous().reshape(-1)
-        whole.update(memoryview(flat.view(torch.uint8).numpy()))
+        flat: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole.update(flat)
     return whole.hexdigest()
 
 

@@ -26,6 +26,7 @@ from lamina.storage.untrusted import parse_json
 
 KEY = "lamina"
 FORMAT_VERSION = 1
+_MOST_TOKENS, _LONGEST_PROBE = 2**31, 4096
 
 # A chain is walked stage by stage, and shown as a tree.
 _MOST_STAGES = 1_000
@@ -100,6 +101,22 @@ class Answers(_Part):
     digest: tuple[tuple[float, ...], ...]
     largest: float
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Answers:
+        rows = len(self.digest)
+        if {len(self.tokens), len(self.logits), len(self.log_normaliser)} not in ({0}, {rows}):
+            raise ValueError("its parts are of different numbers of positions")
+        widths = [{len(row) for row in part} for part in (self.digest, self.tokens, self.logits)]
+        if rows == 0 or any(len(each) > 1 or 0 in each for each in widths):
+            raise ValueError("its rows are of different lengths, or empty")
+        if widths[1] != widths[2]:
+            raise ValueError("there are not as many logits as tokens")
+        if not all(0 <= token < _MOST_TOKENS for row in self.tokens for token in row):
+            raise ValueError("a token id is out of bounds")
+        return self
+
 
 class Probe(_Part):
     """What a model should answer.
@@ -121,6 +138,13 @@ class Probe(_Part):
     quantization: str | None = None
     chain: Answers
     base: Answers | None = None
+
+    @field_validator("tokens")
+    @classmethod
+    def _few(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        if not 0 < len(tokens) <= _LONGEST_PROBE:
+            raise ValueError(f"a probe asks 1 to {_LONGEST_PROBE} tokens")
+        return tokens
 
 
 class Base(_Part):

@@ -27,6 +27,7 @@ from lamina.stages.verify.replay import Answered, Judgement, ask_both
 from lamina.stages.verify.report import Cause, VerifyReport
 
 _NOTHING = Judgement()
+_PROBE_VERSION = 1
 
 
 def verify(
@@ -132,12 +133,16 @@ def _lay_over(findings: Findings, contents: Contents, base: nn.Module) -> Judgem
         return _replay_base(findings, contents, base)
 
 
-def _probe(contents: Contents) -> Probe | None:
-    return contents.record.newest.probe if contents.record else None
+def _probe(findings: Findings, contents: Contents) -> Probe | None:
+    probe = contents.record.newest.probe if contents.record else None
+    if probe is None or probe.version == _PROBE_VERSION:
+        return probe
+    findings.notes.append("a newer Lamina made the probe on record; it can't be replayed with this")
+    return None
 
 
 def _replay(findings: Findings, contents: Contents, model: PeftModel, adapter: str) -> Judgement:
-    probe = _probe(contents)
+    probe = _probe(findings, contents)
     try:
         answered = ask_both(model, probe.tokens if probe else None)
     except ProbeError as error:
@@ -153,7 +158,7 @@ def _replay(findings: Findings, contents: Contents, model: PeftModel, adapter: s
 
 def _replay_base(findings: Findings, contents: Contents, base: nn.Module) -> Judgement:
     """Replay the base alone, where the adapter can't be laid over it."""
-    probe = _probe(contents)
+    probe = _probe(findings, contents)
     findings.unchecked("answers", "the adapter can't be laid over the base as it is")
     try:
         alone = ask(base, probe.tokens) if probe else None
@@ -182,7 +187,7 @@ def _unproved(findings: Findings, contents: Contents, answered: Answered) -> Non
     base, chain = answered.base, answered.chain
     findings.unchecked(
         "answers",
-        "none are on record, so nothing can be replayed; lamina.save_stage records them",
+        "none are on record that can be replayed; lamina.save_stage records them",
     )
     if chain is not None and not chain.is_finite:
         findings.failed("effect", "base and adapter answer NaN or infinity")
