@@ -24,7 +24,7 @@ class Verified:
             in fp64, by other code.
         against: what it was compared with, for people to read.
         max_difference: of two logits; of "samples", of an entry and what it should be, in units of
-            the last place of its dtype, where 0.5 is the least that rounding can do.
+            the last place of its dtype and beyond what sums in fp32 explain: rounding makes 0.5.
         max_logit: the largest magnitude of an expected logit; None for "samples".
         kl: mean divergence of the predictions, in nats; None where there are none.
         top1_agreement: the share of positions with the same first choice; likewise.

@@ -112,7 +112,8 @@ def model_files(directory: Path) -> ModelFiles:
     names, index = _names(directory)
     _refuse_missing(directory, names)
     tensors: dict[str, Stored] = {}
-    metadata, digests, faults = {}, {}, []
+    metadata, digests = {}, {}
+    faults: list[str] = []
     for name in names:
         header, metadata[name] = read_header(directory / name)
         start = data_start(directory / name)
@@ -201,7 +202,7 @@ class Reader:
             begin, end = begin + rows.start * row, begin + rows.stop * row
             shape = (rows.stop - rows.start, *shape[1:])
         held = torch.empty(end - begin, dtype=torch.uint8)
-        self._fill(stored, memoryview(held.numpy()), begin)
+        self._fill(stored, held.numpy().data, begin)
         return held.view(stored.torch_dtype).view(shape)
 
     def _fill(self, stored: Stored, held: memoryview, begin: int) -> None:
@@ -219,4 +220,4 @@ class Reader:
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, without a copy if it is contiguous."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

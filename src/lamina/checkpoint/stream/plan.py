@@ -221,7 +221,7 @@ def _laid_out(files: ModelFiles, tasks: list[Task]) -> list[Task]:
         if all(_keeps(output) for output in outputs):
             begins.update({o.place.key: (o.place.begin, o.place.end) for o in outputs})
             continue
-        outputs.sort(key=lambda o: (-_ORDER[o.place.dtype], o.place.key))
+        outputs.sort(key=lambda o: (-_ORDER.get(o.place.dtype, 0), o.place.key))
         at = len(_header(files, name, outputs))
         for output in outputs:
             size = _bytes(output.place)
