@@ -400,6 +400,23 @@ def test_a_head_that_is_a_block_of_its_own() -> None:
     assert told(classifier, masked).verdict == "head"
 
 
+def test_a_pooler_that_no_checkpoint_has() -> None:
+    def build(seed: int) -> Any:
+        bare = models.tiny_bert_classifier().bert
+        with models.seeded(seed):
+            bare.pooler.dense.reset_parameters()
+        return bare
+
+    likeness = told(build(1), build(2))
+    assert (likeness.verdict, likeness.ok) == ("head", True)
+    assert "but with a pooler that was initialised anew (pooler.dense.bias" in likeness.sentence
+    assert told(build(1), moved(build(2), TINY, "layer.0")).verdict == "other"
+    # Under a classifier it is part of what the labels come from.
+    recorded, here = models.tiny_bert_classifier(), models.tiny_bert_classifier()
+    here.bert.pooler.dense.reset_parameters()
+    assert told(recorded, here).verdict == "other"
+
+
 def test_more_layers_are_another_structure() -> None:
     deeper = models.tiny_llama(num_hidden_layers=3)
     state = models.tiny_llama().state_dict()

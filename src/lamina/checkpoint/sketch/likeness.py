@@ -135,7 +135,8 @@ def _verdict(
     targeted = {*map(module_of, found.differing)} <= {*over.targets}
     if found.differing and targeted and not found.reshaped:
         return _updated(found, base, over)
-    if found.differing or found.reshaped:
+    idle = found.compared > len(found.differing) and words.only_poolers(found.differing)
+    if found.reshaped or (found.differing and not idle):
         return "other", words.other(found, base)
     if not found.compared and not found.hidden:
         if found.lost:
@@ -147,6 +148,9 @@ def _verdict(
         verdict = "quantised"
         alike = correlation(found.quantised)
         notes.append(f"{storage[1]} instead of {storage[0]} (correlation {alike:.3f})")
+    if found.differing:
+        verdict = "head"
+        notes.append(f"with a pooler that was initialised anew ({words.some(found.differing)})")
     if found.rows:
         verdict = "resized"
         notes.append(words.rows(found))

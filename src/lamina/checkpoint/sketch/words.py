@@ -82,6 +82,15 @@ def no_layers(names: Iterable[str]) -> bool:
     return not any(part.isdigit() for name in names for part in name.split("."))
 
 
+def only_poolers(names: Iterable[str]) -> bool:
+    """Whether these are all of the pooler on top of a bare model.
+
+    Checkpoints of masked language models have none, so that every loading makes another one; what
+    a bare model gives for each token doesn't depend on it.
+    """
+    return all(name.startswith("pooler.") for name in names)
+
+
 def some(names: Collection[str]) -> str:
     """The first few."""
     shown = list(names)[:3]
