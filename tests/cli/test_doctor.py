@@ -56,6 +56,7 @@ def test_findings_say_what_where_and_the_cure(broken: Path) -> None:
 def test_lines_fit_the_terminal(broken: Path, columns: int) -> None:
     _, *rest = lamina("doctor", broken, columns=columns).stdout.splitlines()
     assert max(map(len, rest)) <= columns
+    assert not any(line.endswith(" ") for line in rest)
 
 
 def test_exit_codes(healthy: Path, tmp_path: Path) -> None:

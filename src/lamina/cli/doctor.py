@@ -95,6 +95,7 @@ def _print_finding(out: Console, finding: Finding) -> None:
         lines.append(Text.assemble(("cure: ", "green"), finding.cure))
     for line in lines:
         for part in line.wrap(out, max(20, out.width - 2)):
+            part.rstrip()
             out.print(Text.assemble("  ", part))
 
 

@@ -88,7 +88,7 @@ def test_shapes_that_dont_fit(adapter: Path, tmp_path: Path) -> None:
     models.tiny_llama(hidden_size=64).save_pretrained(wide)
     found = examine(adapter, base=wide)
     assert len(only(found, "shapes-dont-fit").where) == 8
-    assert "[8, 32] in the file, [8, 64] in the base" in only(found, "shapes-dont-fit").where[0]
+    assert "8x32 instead of 8x64" in only(found, "shapes-dont-fit").where[0]
 
 
 def test_patterns_that_match_nothing_there(adapter: Path, base: Path) -> None:

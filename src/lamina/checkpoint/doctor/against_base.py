@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.checkpoint.doctor.base import BaseModel
@@ -115,12 +115,16 @@ def _unfit(found: Matching, tensors: Mapping[str, StoredTensor], base: str) -> I
         yield Finding("error", "keys-missing", what, tuple(found.missing_keys), cure)
     if found.mismatched:
         lines = tuple(
-            f"{key}: {list(theirs)} in the file, {list(ours)} in the base"
+            f"{key}: {_spoken(theirs)} instead of {_spoken(ours)}"
             for key, theirs, ours in found.mismatched
         )
         what = f"The shapes of tensors don't fit {base}"
         cure = "give the base that it was trained on (same sizes), or correct r in the config"
         yield Finding("error", "shapes-dont-fit", what, lines, cure)
+
+
+def _spoken(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _fit_names(base: BaseModel, contents: Contents) -> Iterator[Finding]:

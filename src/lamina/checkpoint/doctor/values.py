@@ -107,7 +107,7 @@ def half_range(tensors: Mapping[str, StoredTensor], measures: Measures) -> Itera
 
 
 @check
-def no_effect(config: dict[str, Any], contents: Contents, measures: Measures) -> Iterator[Finding]:
+def no_effect(contents: Contents, measures: Measures) -> Iterator[Finding]:
     """Whether the adapter changes anything."""
     if _nothing_at_all(contents, measures):
         what = "The adapter changes nothing: in every module A or B is all zero"
@@ -148,10 +148,8 @@ def zero_factors(
         of = f" of stage {stage!r}" if stage else ""
         effect = "so that it changes nothing there" if side == "B" else "so that B never learns"
         what = f"{side}{of} is all zero, {effect}"
-        cure = (
-            "if it was trained, these modules got no gradient: leave them out of target_modules, "
-        )
-        cure += "or see why (layers that are not run, checkpointing without input gradients)"
+        cure = "if it was trained, these modules got no gradient: leave them out of "
+        cure += "target_modules, or see why (not run, checkpointing without input gradients)"
         yield Finding("warning", f"zero-{side.lower()}", what, tuple(modules), cure)
 
 
@@ -169,7 +167,11 @@ def zero_tensors(
     """Other tensors that are all zero."""
     watched = [name for names in contents.wholes.values() for name in names]
     names = [n for n in (*watched, *contents.rows) if n.endswith(("weight", "_delta"))]
-    names += [name for name in contents.of_methods if name.endswith(("magnitude_vector", "lora_E"))]
+    names += [name for name in contents.of_methods if name.endswith("magnitude_vector")]
+    # Single layers may have lost all their ranks to others.
+    diagonals = [name for name in contents.of_methods if name.endswith("lora_E")]
+    if all(name in measures.values and measures.values[name].zero for name in diagonals):
+        names += diagonals
     by_end = {name.removeprefix("base_model.model."): name for name in measures.values}
     found = [by_end.get(name.removeprefix("base_model.model."), "") for name in names]
     zero = tuple(tensors[n].key for n in found if n and measures.values[n].zero)
@@ -192,12 +194,10 @@ def zero_end(tensors: Mapping[str, StoredTensor], measures: Measures) -> Iterato
     for file, names in tails.items():
         # A is never zero by itself, and a B that was not trained is no longer run.
         if len(names) >= 2 and any(".lora_A" in name for name in names):
-            what = f"The last {len(names)} tensors of {file} are all zero: a download or copy that "
-            cure = "copy, download or save the file again"
+            what = f"{file} ends with tensors that are all zero: a copy was cut off"
             where = tuple(tensors[name].key for name in names)
-            yield Finding(
-                "error", "file-end-zero", f"{what}was cut off looks like this", where, cure
-            )
+            cure = "copy, download or save the file again"
+            yield Finding("error", "file-end-zero", what, where, cure)
 
 
 @check
