@@ -81,6 +81,20 @@ def test_without_locks_the_last_of_two_saves_wins(
     assert tree(run) == {WEIGHTS: "first", **KEPT}
 
 
+def test_a_folder_that_others_lock_for_long_holds_no_save_up(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamina.storage.staging._TURN_S", 0.05)
+    with atomic.held(run.parent):
+        save(run, "new")
+        assert (run / WEIGHTS).read_text() == "new"
+        with atomic_directory(run) as first:
+            (first / WEIGHTS).write_text("newer")
+            with pytest.raises(DirectoryInUseError):
+                never_entered(run)
+    assert tree(run) == {WEIGHTS: "newer", **KEPT}
+
+
 def test_a_save_waits_for_its_turn_in_the_folder_that_is_there(run: Path) -> None:
     inner = run / "checkpoint-20"
     started, done = threading.Event(), threading.Event()

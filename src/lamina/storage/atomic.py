@@ -48,7 +48,7 @@ ADAPTER_FILES = (
     "adapter_model.bin.index.json",
 )
 
-# How long a reader gives a living save to finish its two renames.
+# How long a reader gives a living save to finish its two renames, and a save others to begin.
 _PATIENCE_S = 2.0
 
 
@@ -87,7 +87,7 @@ def atomic_directory(
         with reported(target):
             check_writable(target)
             stack.enter_context(_parents(target))
-            with turn(target):
+            with turn(target, _PATIENCE_S):
                 sweep(target)
                 staging = stack.enter_context(staging_directory(target, _staging_folder(target)))
                 # Two that got here without taking turns see each other.

@@ -90,13 +90,16 @@ def held(directory: Path, patience_s: float = 0.0) -> Iterator[bool | None]:
 
 
 @contextmanager
-def turn(target: Path) -> Iterator[None]:
-    """Let the saves that begin or end at the same moment in one folder do so one by one."""
+def turn(target: Path, longest_s: float = _TURN_S) -> Iterator[None]:
+    """Let the saves that begin or end at the same moment in one folder do so one by one.
+
+    Who has waited `longest_s` seconds goes on all the same: others may lock folders too.
+    """
     # A save within another's staging directory has it to itself, and its lock is taken.
     private = re.search(rf"\.saving-{_TOKEN}$", target.parent.name)
     while True:
         before = _inode(target.parent)
-        with held(target.parent, 0.0 if private else _TURN_S):
+        with held(target.parent, 0.0 if private else min(longest_s, _TURN_S)):
             # A save of the folder itself may have replaced it while this one waited.
             if _inode(target.parent) != before:
                 continue
