@@ -177,12 +177,12 @@ def four_bits(dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
     )
 
 
-def qlora_stage(folder: Path) -> Path:
+def qlora_stage(folder: Path, size: float = 0.05) -> Path:
     base = AutoModelForCausalLM.from_pretrained(
         str(SHIPPED_BASE), quantization_config=four_bits(), dtype=torch.float32
     )
     model = begin_stage(base, name="sft", config=llama_lora(target_modules="all-linear"))
-    fill_trainable(model.eval(), size=0.05)
+    fill_trainable(model.eval(), size=size)
     save_stage(model, folder / "sft")
     return folder / "sft"
 
@@ -499,6 +499,35 @@ def test_several_faults_are_told_at_once(runs: Path, tmp_path: Path) -> None:
     )
     report = verify(path, models.tiny_llama(seed=1), tokenizer=words(prefix="v"))
     blamed(report, "incomplete file", "another base", "another tokenizer")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+def test_faults_are_caught_where_all_is_rounded(tmp_path: Path, kind: str) -> None:
+    # The base with two blocks in each other's place: the same shapes, and the same values in all.
+    base = AutoModelForCausalLM.from_pretrained(str(SHIPPED_BASE))
+    layers = base.model.layers
+    layers[0], layers[2] = layers[2], layers[0]
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    base.save_pretrained(tmp_path / "other")
+    path = qlora_stage(tmp_path, 0.1) if kind == "nf4" else demo_stage(tmp_path, torch.bfloat16)
+    assert verify(path).proved
+    blamed(verify(path, str(tmp_path / "other")), "another base")
+    bare = changed(path, tmp_path / "bare", record=without_sketch)
+    blamed(verify(bare, str(tmp_path / "other")), "another base")
+    load(path, dtype=torch.float32, allow_base_mismatch=True).merge_and_unload().save_pretrained(
+        tmp_path / "merged"
+    )
+    blamed(verify(path, str(tmp_path / "merged")), "base already merged")
+    twice = changed(path, tmp_path / "twice", config=double_alpha)
+    assert "scaled by 2" in blamed(verify(twice), "adapter scaled")
+    doubled = changed(path, tmp_path / "doubled", double_b)
+    assert "scaled by 2" in blamed(verify(doubled), "adapter scaled")
+    empty = changed(path, tmp_path / "empty", times(0.0))
+    blamed(verify(empty), "adapter not applied")
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    dropped = changed(path, tmp_path / "x", lambda x: {k: v for k, v in x.items() if k != key})
+    assert key in blamed(verify(dropped), "incomplete file")
 
 
 # --- the tokenizer ------------------------------------------------------------------------------

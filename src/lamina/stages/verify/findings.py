@@ -67,4 +67,6 @@ class Findings:
         if first.keys() & _OF_WEIGHTS:
             # Then it is known what has been changed.
             first.pop("changed weights", None)
+        if "base already merged" in first:
+            first.pop("another base", None)
         return tuple(sorted(first.values(), key=lambda cause: _ORDER.index(cause.kind)))

@@ -111,7 +111,15 @@ def look_at_base(findings: Findings, contents: Contents, base: nn.Module) -> Non
         return
     recorded = record.newest.base
     likeness = base_likeness(record, base, lambda: updates_in_file(contents.file))
-    faults = base_faults(recorded, describe_base(base), likeness)
+    here = describe_base(base)
+    faults = base_faults(recorded, here, likeness)
+    quantiser = here.quantization
+    if likeness and likeness.verdict == "quantised" and quantiser == recorded.quantization:
+        # The same quantiser makes the same codes of the same weights.
+        faults.append(
+            f"{quantiser} as on record, but of other weights (correlation "
+            f"{likeness.correlation or 0:.3f})"
+        )
     findings.notes += base_remarks(likeness)
     if not faults:
         told = "has the recorded weights, as far as they are sampled"
