@@ -16,12 +16,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "streaming_merge.py"
 @pytest.mark.timeout(600)
 def test_small_form(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
+    options = ["--gigabytes", "0.03", "--repeat", "1", "--json", figures, "--directory", tmp_path]
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--gigabytes", "0.03", "--repeat", "1"]
-        + ["--json", figures, "--directory", tmp_path],
-        check=False,
-        capture_output=True,
-        text=True,
+        [sys.executable, SCRIPT, *options], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())

@@ -39,6 +39,9 @@ def verified_of(prepared: Prepared, made: Path) -> tuple[Verified | None, str | 
     if how == "none":
         return None, None
     probe = prepared.record.newest.probe
+    if probe is not None and probe.quantization is not None:
+        # Answers over codes are too far from those over a dense base to judge them by.
+        probe = None
     if how == "model" or (how == "auto" and _fits(prepared, probe is not None)):
         verified = _by_asking(prepared, made, probe)
         if verified is not None or how == "model":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 from lamina import LoraConfig, get_peft_model, load
 from lamina.errors import CheckpointError, ConfigError, FoldError, MissingFileError
-from lamina.stages.merged import save_merged
+from lamina.stages.merged import MergeReport, save_merged
 from tests import adapters, models
 from tests.checkpoint.stream.merging import (
     differing,
@@ -204,6 +204,13 @@ def test_what_the_model_has_no_place_for_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(made[key], tensor) for key, tensor in more.items())
 
 
+def streamed_only(directory: Path) -> MergeReport:
+    base = str(directory / "base")
+    return save_merged(
+        directory / "adapter", directory / "streamed", base=base, streaming=True, verify="samples"
+    )
+
+
 # --- what is done in memory, or not at all -------------------------------------------------------
 
 
@@ -281,3 +288,66 @@ def test_a_licence_travels_and_weights_of_other_formats_do_not(tmp_path: Path) -
     report, _ = merged_both_ways(tmp_path)
     assert {"LICENSE", "USE_POLICY.md"} <= report.files.keys()
     assert not {"model.gguf", "pytorch_model.bin", "run.py"} & report.files.keys()
+
+
+def test_the_tokenizer_of_the_adapter_goes_before_that_of_the_base(tmp_path: Path) -> None:
+    saved(models.tiny_llama(), tmp_path, linear())
+    for place, text in (("base", "of the base"), ("adapter", "with new tokens")):
+        (tmp_path / place / "tokenizer.json").write_text(text)
+        (tmp_path / place / "chat_template.jinja").write_text(text)
+    report = streamed_only(tmp_path)
+    assert report.tokenizer == str(tmp_path / "adapter")
+    assert (tmp_path / "streamed" / "tokenizer.json").read_text() == "with new tokens"
+    assert (tmp_path / "streamed" / "chat_template.jinja").read_text() == "with new tokens"
+
+
+def test_code_is_copied_only_where_the_base_needs_it_and_never_run(tmp_path: Path) -> None:
+    saved(models.tiny_llama(), tmp_path, linear())
+    ran = tmp_path / "ran"
+    (tmp_path / "base" / "modeling.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = config_of(tmp_path / "base")
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    report = streamed_only(tmp_path)
+    assert "modeling.py" in report.files
+    assert config_of(tmp_path / "streamed") == config
+    assert not ran.exists()
+
+
+def test_a_base_stored_quantised_is_merged_in_memory_or_refused(tmp_path: Path) -> None:
+    saved(models.tiny_llama(), tmp_path, linear())
+    config = config_of(tmp_path / "base")
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="stored quantised"):
+        streamed_only(tmp_path)
+
+
+def test_8_bit_floats_are_no_sums(tmp_path: Path) -> None:
+    saved(models.tiny_llama(), tmp_path, linear())
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"q_proj.weight is stored as F8_E4M3"):
+        streamed_only(tmp_path)
+
+
+@pytest.mark.parametrize("verify", ["model", "auto", "samples", "none"])
+def test_what_is_looked_at_is_told(verify: Any, tmp_path: Path) -> None:
+    saved(models.tiny_llama(), tmp_path, linear(), dtype=torch.bfloat16)
+    report = save_merged(
+        tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"), verify=verify
+    )
+    if verify == "none":
+        assert report.verified is None
+        return
+    assert report.verified is not None
+    assert report.verified.how == ("samples" if verify == "samples" else "model")
+    assert (report.max_logit_difference is None) == (verify == "samples")
+
+
+def test_an_unknown_way_to_look_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="verify='look' is unknown"):
+        save_merged(tmp_path, tmp_path / "out", verify="look")  # type: ignore[arg-type]
