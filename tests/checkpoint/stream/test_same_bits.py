@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from lamina import LoraConfig
+from lamina.checkpoint.stream.changes import Folded
 from tests import models
 from tests.checkpoint.stream.merging import differing, merged_both_ways, saved
 
 LINEAR = ["q_proj", "down_proj"]
 
 
-def mixtral() -> Any:
+def mixtral(num_local_experts: int = 4) -> Any:
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -31,7 +32,7 @@ def mixtral() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=4,
+        num_local_experts=num_local_experts,
     )
     with models.seeded(0):
         return MixtralForCausalLM(config).eval()
@@ -113,3 +114,31 @@ def test_both_ways_give_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: P
     assert differing(tmp_path / "streamed", tmp_path / "whole") == []
     assert differing(tmp_path / "streamed", tmp_path / "base") != []
     assert streamed.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_experts_that_lie_apart_are_merged_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LoraConfig(
+        r=2, target_modules=[], target_parameters=["experts.gate_up_proj"], task_type="CAUSAL_LM"
+    )
+    saved(mixtral(num_local_experts=11), tmp_path, config, dtype=torch.bfloat16, shards=True)
+    folded = []
+    part = Folded.part
+
+    def counted(self: Folded, value: torch.Tensor, *args: Any) -> torch.Tensor:
+        folded.append(tuple(value.shape))
+        return part(self, value, *args)
+
+    monkeypatch.setattr(Folded, "part", counted)
+    report, _ = merged_both_ways(tmp_path)
+    assert differing(tmp_path / "streamed", tmp_path / "whole") == []
+    assert folded == [(1, 96, 32)] * 22
+    assert set(differing(tmp_path / "streamed", tmp_path / "base")) == {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight"
+        for layer in range(2)
+        for expert in range(11)
+        for name in ("w1", "w3")
+    }
+    assert report.verified is not None
+    assert report.verified.unseen == 44

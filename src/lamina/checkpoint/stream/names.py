@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,15 @@ class Unit:
         names: their names in the model.
         load: what is in the files -> what is in the model; None where they are the same.
         save: the way back.
+        experts: where it is a stack of experts that lie apart in the files, what each of them is
+            by itself: a stack of one.
     """
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
     load: Callable[[Tensors], Tensors] | None = None
     save: Callable[[Tensors], Tensors] | None = None
+    experts: tuple[Unit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,28 @@ def _fused(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[Unit | None, str]:
     """The unit of one conversion, if going there and back gives what was there."""
+    unit = _unit(model, name, sources, conversions)
+    inside, fault = _there_and_back(unit, shapes)
+    if inside is None:
+        return None, f"{name} {fault}"
+    state = model.state_dict()
+    if any(state[n].shape != tensor.shape for n, tensor in inside.items()):
+        return None, f"{name} has another shape in the model"
+    experts = _experts(model, name, sources, conversions)
+    if any(_there_and_back(expert, shapes)[0] is None for expert in (*experts[:1], *experts[-1:])):
+        experts = ()
+    return replace(unit, names=tuple(inside), experts=experts), ""
+
+
+def _unit(
+    model: Any,
+    name: str,
+    sources: list[tuple[str, str]],
+    conversions: list[Any],
+    saved_as: Mapping[str, str] | None = None,
+) -> Unit:
+    """What a conversion makes of these tensors; some may come back under other names."""
+    called = saved_as or {}
 
     def load(tensors: Tensors) -> Tensors:
         converter = deepcopy(_converter(conversions, sources[0][1]))
@@ -157,22 +182,54 @@ def _fused(
         from transformers.core_model_loading import revert_weight_conversion
 
         back: Tensors = revert_weight_conversion(model, dict(tensors))
-        return back
+        return {called.get(key, key): tensor for key, tensor in back.items()}
 
-    keys = tuple(key for key, _ in sources)
-    before = {key: torch.empty(shapes[key], device="meta") for key in keys}
+    return Unit(tuple(key for key, _ in sources), (name,), load, save)
+
+
+def _there_and_back(
+    unit: Unit, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Tensors | None, str]:
+    """(what is in the model, why that isn't saved as it was loaded), on the meta device."""
+    assert unit.load is not None
+    assert unit.save is not None
+    before = {key: torch.empty(shapes[key], device="meta") for key in unit.keys}
     try:
-        inside = load(before)
-        after = save(inside)
+        inside = unit.load(before)
+        after = unit.save(inside)
     except Exception as error:
         # transformers' operations raise whatever they raise.
-        return None, f"{name} can't be taken apart again: {error or type(error).__name__}"
+        return None, f"can't be taken apart again: {error or type(error).__name__}"
     if {k: v.shape for k, v in after.items()} != {k: v.shape for k, v in before.items()}:
-        return None, f"{name} isn't saved as it was loaded"
-    state = model.state_dict()
-    if any(state[n].shape != tensor.shape for n, tensor in inside.items()):
-        return None, f"{name} has another shape in the model"
-    return Unit(keys, tuple(inside), load, save), ""
+        return None, "isn't saved as it was loaded"
+    return inside, ""
+
+
+def _experts(
+    model: Any, name: str, sources: list[tuple[str, str]], conversions: list[Any]
+) -> tuple[Unit, ...]:
+    """Each expert by itself, where experts are stacked and nothing is done across them."""
+    first, *others = _converter(conversions, sources[0][1]).operations
+    stacks = type(first).__name__ == "MergeModulelist" and first.dim == 0
+    if not stacks or any(type(o).__name__ != "Concatenate" or o.dim == 0 for o in others):
+        return ()
+    by_pattern: dict[str, list[str]] = defaultdict(list)
+    for key, pattern in sources:
+        by_pattern[pattern].append(key)
+    if len({len(keys) for keys in by_pattern.values()}) != 1:
+        return ()
+    patterns, columns = list(by_pattern), list(zip(*by_pattern.values(), strict=True))
+    return tuple(
+        _unit(
+            model,
+            name,
+            list(zip(keys, patterns, strict=True)),
+            conversions,
+            # Alone, it comes back as the first.
+            dict(zip(columns[0], keys, strict=True)),
+        )
+        for keys in columns
+    )
 
 
 def _converter(conversions: list[Any], pattern: str) -> Any:

@@ -43,12 +43,14 @@ class Task:
         sources: what is read for them.
         unit: how files and model name them, where they are fused; None: one tensor, as it is.
         changes: name in the model -> what becomes of it; empty if they are copied.
+        rows: the part of the model's tensor that they are, such as one expert; None: all of it.
     """
 
     outputs: tuple[Output, ...]
     sources: tuple[Stored, ...]
     unit: Unit | None
     changes: dict[str, Change]
+    rows: slice | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -165,7 +167,28 @@ def _tasks(
             place = replace(place, shape=changes.shapes[name])
         outputs.append(Output(place, source, name))
     task = Task(tuple(outputs), sources, unit if unit.load else None, wanted)
-    return [task], list(_faults(sources, unit, changes))
+    return _apart(task, changes), list(_faults(sources, unit, changes))
+
+
+def _apart(task: Task, changes: Changes) -> list[Task]:
+    """A task for each expert, where one can be folded into after the other."""
+    if task.unit is None or not task.unit.experts:
+        return [task]
+    name = task.unit.names[0]
+    if task.changes[name].rows(changes.shapes[name]) != 1:
+        return [task]
+    outputs = {output.place.key: output for output in task.outputs}
+    sources = {source.key: source for source in task.sources}
+    return [
+        Task(
+            tuple(outputs[key] for key in expert.keys),
+            tuple(sources[key] for key in expert.keys),
+            expert,
+            task.changes,
+            slice(index, index + 1),
+        )
+        for index, expert in enumerate(task.unit.experts)
+    ]
 
 
 def _faults(sources: Iterable[Stored], unit: Unit, changes: Changes) -> Iterator[str]:

@@ -270,7 +270,12 @@ def _whole(task: Task, writer: _Writer, reader: Reader) -> None:
     del read
     for name, change in task.changes.items():
         dtype = task.outputs[0].place.torch_dtype
-        inside[name] = _finite(change.of(inside[name], dtype), task.outputs[0])
+        value = inside[name]
+        if task.rows is not None and isinstance(change, Folded):
+            value = change.part(value, task.rows, dtype)
+        else:
+            value = change.of(value, dtype)
+        inside[name] = _finite(value, task.outputs[0])
     back = task.unit.save(inside)
     for output in task.outputs:
         if writer.wants(output):
