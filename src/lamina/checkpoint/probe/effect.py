@@ -112,7 +112,7 @@ def _fit(
     size = float((wanted * found).sum()) / power
     left = float((found - size * wanted).square().sum()) / (count - 1)
     # What least squares the other way round would give; for errors alone, anything.
-    other = float(found.square().sum()) / (size * power) if size > 0 else size
+    other = float(found.square().sum()) / (size * power) if size * power > 0 else size
     return Effect(
         size=size,
         error=_SHARED * math.sqrt(left / power),

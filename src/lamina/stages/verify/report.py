@@ -100,10 +100,12 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """It, as JSON can hold it: what is infinite is None."""
         values = dataclasses.asdict(self)
-        for name in ("answers", "base_answers"):
-            found = values[name]
-            if found is not None and not math.isfinite(found["max_difference"]):
-                found["max_difference"] = None
+        for name in ("answers", "base_answers", "effect"):
+            found = values[name] or {}
+            infinite = [
+                k for k, v in found.items() if isinstance(v, float) and not math.isfinite(v)
+            ]
+            found.update(dict.fromkeys(infinite))
         return {**values, "passed": self.passed, "proved": self.proved}
 
     def raise_if_failed(self) -> None:
