@@ -14,7 +14,9 @@ from lamina.model.merging import Target, check_target
 from lamina.stages.merge_report import MergeReport, Verification, Verified
 from lamina.stages.merged_files import refuse_occupied, refuse_sources
 from lamina.stages.merged_in_memory import Request, merge_in_memory
-from lamina.stages.merged_streaming import NotStreamable, merge_streaming, prepare
+from lamina.stages.merged_plan import prepare
+from lamina.stages.merged_skeleton import NotStreamable
+from lamina.stages.merged_streaming import merge_streaming
 from lamina.storage.atomic import check_writable
 from lamina.storage.disk import disk_faults_reported
 

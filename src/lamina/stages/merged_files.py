@@ -68,20 +68,31 @@ def refuse_sources(target: Path, sources: Sequence[str]) -> None:
             )
 
 
-def copy_beside(base: Path, adapter: Path | None, target: Path) -> str | None:
-    """Copy what a model needs beside weights and config; where the tokenizer came from.
+def files_beside(base: Path, adapter: Path) -> tuple[list[tuple[Path, str]], str | None]:
+    """(directory and name of what a model needs beside weights and config, where its tokenizer is).
 
-    The adapter's tokenizer goes before the base's: it may have new tokens. Python files are copied
+    The adapter's tokenizer goes before the base's: it may have new tokens. Python files are named
     only where the base's config names them: without them it couldn't be opened at all. They are
     not run.
+
+    Raises:
+        CheckpointError: a file is a link that leads out of its directory.
     """
     patterns = [*_BESIDE, *(["*.py"] if _has_own_code(base) else [])]
-    _copy(base, target, patterns)
+    found = [(base, name) for name in _named(base, patterns)]
     for source in (adapter, base):
-        if source is not None and any((source / name).is_file() for name in TOKENIZER_FILES):
-            _copy(source, target, _TOKENIZER)
-            return str(source)
-    return None
+        if any((source / name).is_file() for name in TOKENIZER_FILES):
+            return [*found, *((source, name) for name in _named(source, _TOKENIZER))], str(source)
+    return found, None
+
+
+def copy_beside(base: Path, adapter: Path, target: Path) -> str | None:
+    """Copy them; where the tokenizer came from."""
+    found, tokenizer = files_beside(base, adapter)
+    for source, name in found:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return tokenizer
 
 
 def _has_own_code(base: Path) -> bool:
@@ -95,12 +106,11 @@ def _has_own_code(base: Path) -> bool:
     return False
 
 
-def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    for name in _names(source):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            _refuse_way_out(source, name)
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+def _named(source: Path, patterns: Sequence[str]) -> list[str]:
+    found = [n for n in _names(source) if any(fnmatch.fnmatchcase(n, each) for each in patterns)]
+    for name in found:
+        _refuse_way_out(source, name)
+    return found
 
 
 def _refuse_way_out(source: Path, name: str) -> None:

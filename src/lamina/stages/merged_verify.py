@@ -18,7 +18,7 @@ from lamina.stages.merge_report import NotAsExpectedError, Verified
 from lamina.stages.merged_in_memory import compared, not_as_expected
 
 if TYPE_CHECKING:
-    from lamina.stages.merged_streaming import Prepared
+    from lamina.stages.merged_plan import Prepared
 
 # Without a recorded probe, base and adapter have to be loaded too: only small ones by themselves.
 _SMALL = 2**30

@@ -59,6 +59,12 @@ class Unfinished:
             os.fsync(noted.fileno())
         self.done.add(name)
 
+    def keep_only_weights(self) -> None:
+        """Forget what a merge that was killed had put beside them."""
+        for file in list(self.model.rglob("*")):
+            if file.is_file() and str(file.relative_to(self.model)) not in self.sizes:
+                file.unlink()
+
     def hand_over(self, target: Path) -> None:
         """Move the result into a directory that is about to be published."""
         for entry in sorted(self.model.iterdir()):
