@@ -396,9 +396,23 @@ def test_an_adapter_that_is_scaled_twice_by_its_weights(runs: Path, tmp_path: Pa
 def test_an_adapter_that_is_scaled_twice_by_its_config(runs: Path, tmp_path: Path) -> None:
     path = changed(runs / "chat", tmp_path / "chat", config=double_alpha)
     report = verify(path, models.tiny_llama())
-    assert "alpha and r in adapter_config.json" in blamed(report, "adapter scaled")
-    assert "lora_alpha=9, r=6" in report.causes[0].cure
+    assert "adapter_config.json gives another scaling" in blamed(report, "adapter scaled")
+    right, wrong = (config_of(each)["lora_alpha"] for each in (runs / "chat", path))
+    cure = report.causes[0].cure
+    assert f"set lora_alpha to {right:g}, not {wrong:g}, and divide what is in alpha_" in cure
     assert verdicts(report)["weights"] == "passed"
+
+
+def test_rslora_that_was_turned_on(runs: Path, tmp_path: Path) -> None:
+    def turn_on(config: dict[str, Any]) -> None:
+        config["use_rslora"] = True
+        config["alpha_pattern"] = config["rank_pattern"] = {}
+
+    run_stage(tmp_path / "sft", DOMAIN)
+    path = changed(tmp_path / "sft", tmp_path / "chat", config=turn_on)
+    report = verify(path, models.tiny_llama())
+    assert "scaled by 2" in blamed(report, "adapter scaled")
+    assert "set use_rslora to false" in report.causes[0].cure
 
 
 def times(factor: float) -> Callable[[Tensors], Tensors]:

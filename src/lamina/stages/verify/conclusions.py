@@ -47,10 +47,10 @@ def conclude(
     if judgement.passed:
         return judgement
     if not _blame_base(findings, record, probe, answered, judgement) and model is not None:
-        replayed = Replayed(model, adapter, record, probe, answered, judgement, contents.scale)
+        replayed = Replayed(model, adapter, contents, probe, answered, judgement)
         findings.blame(*find_causes(replayed))
     if contents.scale not in (None, 1.0):
-        findings.blame(scaled_cause(float(contents.scale or 0), record, contents.scale))
+        findings.blame(scaled_cause(float(contents.scale or 0), contents))
     if judgement.chain is not None and not findings.causes:
         findings.blame(_left_over(record, probe, answered, judgement.chain))
     return judgement

@@ -10,7 +10,9 @@ import torch
 
 from lamina.checkpoint.probe import along
 from lamina.checkpoint.record import Probe, StageRecord
+from lamina.config import LoraConfig
 from lamina.model import PeftModel
+from lamina.stages.verify.contents import Contents
 from lamina.stages.verify.replay import Answered, Judgement, ask_both, compared, judge, scaled
 from lamina.stages.verify.report import Cause
 
@@ -31,20 +33,24 @@ class Replayed:
     Attributes:
         model: base and adapter.
         adapter: the adapter's name in it.
-        record: the chain's record.
+        contents: the chain's file.
         probe: of its newest stage.
         answered: what base and adapter answered.
         judgement: that, beside the record.
-        scale: the scaling that the config gives over that on record, if that is known.
     """
 
     model: PeftModel
     adapter: str
-    record: StageRecord
+    contents: Contents
     probe: Probe
     answered: Answered
     judgement: Judgement
-    scale: float | None
+
+    @property
+    def record(self) -> StageRecord:
+        """The chain's record."""
+        assert self.contents.record is not None
+        return self.contents.record
 
 
 def find_causes(replayed: Replayed) -> Iterator[Cause]:
@@ -96,10 +102,10 @@ def _too_small(replayed: Replayed) -> Cause | None:
 
 
 def _scaled(replayed: Replayed) -> Cause | None:
-    effect, scale = replayed.judgement.effect, replayed.scale
+    effect, scale = replayed.judgement.effect, replayed.contents.scale
     for factor in _likely(replayed.record, scale):
         if _under(replayed, factor).passed:
-            return scaled_cause(1 / factor, replayed.record, scale)
+            return scaled_cause(1 / factor, replayed.contents)
     factor = 1.0
     for _ in range(_STEPS):
         # What a network answers is not quite proportional to the update.
@@ -108,15 +114,15 @@ def _scaled(replayed: Replayed) -> Cause | None:
         factor /= effect.size
         found = _under(replayed, factor)
         if found.passed:
-            return scaled_cause(1 / factor, replayed.record, scale)
+            return scaled_cause(1 / factor, replayed.contents)
         effect = found.effect
     return None
 
 
 def _likely(record: StageRecord, scale: float | None) -> list[float]:
     """What mistakes multiply an update by: alpha or r forgotten, rsLoRA, folding in twice."""
-    newest = record.laminae[-1].config
-    r, alpha = float(newest.get("r") or 1), float(newest.get("lora_alpha") or 1)
+    newest = record.laminae[-1].config if record.laminae else {}
+    r, alpha = _number(newest.get("r")), _number(newest.get("lora_alpha"))
     known = [scale or 1.0, 2.0, alpha / r, r, math.sqrt(r), 3.0, -1.0]
     factors = [factor for each in known for factor in (1 / each, each)]
     return [factor for factor in dict.fromkeys(factors) if factor != 1.0]
@@ -127,19 +133,31 @@ def _under(replayed: Replayed, factor: float) -> Judgement:
     return _replayed_with(replayed, dict.fromkeys(range(len(replayed.record.laminae)), factor))
 
 
-def scaled_cause(size: float, record: StageRecord, scale: float | None) -> Cause:
+def _number(value: object) -> float:
+    """A number from a record, where anything may stand; 1 if it is none."""
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e9 else 1.0
+
+
+def scaled_cause(size: float, contents: Contents) -> Cause:
     """The adapter is there several times, or only a part of it."""
     said = f"the adapter is scaled by {size:.3g}: its update is {size:.3g} times what it was"
-    newest = record.laminae[-1].config
-    if scale is not None and abs(scale / size - 1) < 0.01:
-        return Cause(
-            "adapter scaled",
-            f"{said}, since alpha and r in adapter_config.json don't give the scaling on record",
-            "set them back; stage "
-            f"{record.laminae[-1].stage!r} has lora_alpha={newest.get('lora_alpha')}, "
-            f"r={newest.get('r')}, use_rslora={newest.get('use_rslora', False)} on record",
-        )
-    return Cause("adapter scaled", f"{said} when the stage was saved", _AGAIN)
+    scale, record = contents.scale, contents.record
+    if scale is None or record is None or abs(scale - size) > 0.01 * abs(size):
+        return Cause("adapter scaled", f"{said} when the stage was saved", _AGAIN)
+    return Cause(
+        "adapter scaled",
+        f"{said}, since adapter_config.json gives another scaling than the record",
+        f"in adapter_config.json, {_back(contents.file.config, record, scale)}",
+    )
+
+
+def _back(config: LoraConfig, record: StageRecord, scale: float) -> str:
+    """How to set a config's scaling back."""
+    rslora = bool(record.laminae[-1].config.get("use_rslora", False))
+    if config.use_rslora != rslora:
+        return f"set use_rslora to {str(rslora).lower()}"
+    patterns = ", and divide what is in alpha_pattern likewise" if config.alpha_pattern else ""
+    return f"set lora_alpha to {config.lora_alpha / scale:g}, not {config.lora_alpha:g}{patterns}"
 
 
 def _stages_left_out(replayed: Replayed) -> Cause | None:

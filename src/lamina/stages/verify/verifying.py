@@ -159,7 +159,7 @@ def _replay(findings: Findings, contents: Contents, model: PeftModel, adapter: s
 def _replay_base(findings: Findings, contents: Contents, base: nn.Module) -> Judgement:
     """Replay the base alone, where the adapter can't be laid over it."""
     probe = _probe(findings, contents)
-    findings.unchecked("answers", "the adapter can't be laid over the base as it is")
+    findings.unchecked("answers", "the adapter can't be laid over this base")
     try:
         alone = ask(base, probe.tokens) if probe else None
     except ProbeError as error:
@@ -210,7 +210,7 @@ def _unproved(findings: Findings, contents: Contents, answered: Answered) -> Non
             findings.passed("effect", f"the adapter changes the answers, by up to {change:.2g}")
     if contents.scale not in (None, 1.0) and contents.record is not None:
         findings.failed("scaling", f"{contents.scale:g} times the one on record")
-        findings.blame(scaled_cause(float(contents.scale or 0), contents.record, contents.scale))
+        findings.blame(scaled_cause(float(contents.scale or 0), contents))
 
 
 def _report(
