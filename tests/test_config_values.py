@@ -135,6 +135,12 @@ def test_numbers_that_no_model_has_room_for(field: str, value: Any) -> None:
         LoraConfig(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["init_r", "target_r"])
+def test_adalora_has_no_room_for_them_either(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}=\d+: no layer has room"):
+        lamina.config.AdaLoraConfig(total_step=9, **{field: 10**30})
+
+
 def test_a_file_asks_for_no_endless_initialisation() -> None:
     with pytest.raises(ConfigError, match="loftq_iter=1000000, more than 100"):
         LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**6})

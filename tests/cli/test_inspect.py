@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lamina.checkpoint.adapter import write_adapter
+from lamina.config import LoraConfig
 from tests import models
 from tests.cli.made import (
     MODULES,
@@ -144,3 +146,23 @@ def test_a_record_that_its_tensors_contradict_is_told(tmp_path: Path) -> None:
     del tensors[key(MODULES[0], "lora_A")], tensors[key(MODULES[0], "lora_B")]
     text = lamina("inspect", write_chain(tmp_path / "chat", tensors)).stdout
     assert f"! {MODULES[0]} has rank 0 in the file and 10 in the record" in text
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escapes(tmp_path: Path) -> None:
+    hostile = "\x1b[2Jq\u202e"
+    tensors = {key(hostile, leaf): torch.ones(1, 1) for leaf in ("lora_A", "lora_B")}
+    write_adapter(tmp_path, LoraConfig(r=1, target_modules=["q"]), tensors)
+    for words in (["inspect", tmp_path], ["inspect", tmp_path, "--json"], ["lineage", tmp_path]):
+        result = lamina(*words)
+        assert result.exit_code == 0
+        assert "\x1b" not in result.output
+        assert "\u202e" not in result.output
+    assert r"\u001b[2Jq\u202e" in lamina("inspect", tmp_path, "--json").output
+
+
+def test_a_file_of_many_faults_fits_a_terminal(tmp_path: Path) -> None:
+    tensors = {key(f"m.{i}", "lora_A"): torch.ones(1, 1) for i in range(100)}
+    write_adapter(tmp_path, LoraConfig(r=1, target_modules=["m"]), tensors)
+    shown = lamina("inspect", tmp_path).output
+    assert shown.count("has no B") == 20
+    assert "and 80 more" in shown

@@ -12,6 +12,10 @@ from rich.text import Text
 
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
 from lamina.cli.terminal import console, count_of, facts, print_json, short, size, some, span, table
+from lamina.config.readable import readable
+
+# Lines; a broken file may have as many faults as tensors.
+_FAULTS = 20
 
 if TYPE_CHECKING:
     from lamina.checkpoint.chain import Chain, StageSummary
@@ -63,7 +67,7 @@ def _facts(found: AdapterDescription) -> Iterator[tuple[str, str]]:
     )
     yield "weights", f"{found.parameters:,} parameters, {dtypes}"
     yield "method", "; ".join([found.method, *map(_beside, found.beside)])
-    yield "parameters", some(found.config.get("target_parameters") or [])
+    yield "parameters", some(readable(found.config).get("target_parameters") or [])
     yield "scaling", ", ".join(f"{value:g}" for value in found.scaling)
     yield "saved whole", some([m for s in found.chain.stages for m in s.saved_modules])
     yield "biases", some([name for s in found.chain.stages for name in s.biases])
@@ -141,8 +145,10 @@ def _ranks(kind: ModuleKind) -> str:
 
 def _print_health(out: Console, found: AdapterDescription) -> None:
     out.print()
-    for fault in found.faults:
+    for fault in found.faults[:_FAULTS]:
         out.print(Text(f"! {fault}", style="red"))
+    if len(found.faults) > _FAULTS:
+        out.print(Text(f"! and {len(found.faults) - _FAULTS:,} more: --json has all", style="red"))
     if found.suspects is None:
         return
     lines = list(_suspect_lines(found.suspects))

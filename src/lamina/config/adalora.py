@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.config.base import PeftConfig, PeftType
+from lamina.config.checks import LARGEST_RANK
 from lamina.config.lora import LoraConfig
 
 # What LoRA has and AdaLoRA has not; readers of its files would ignore it.
@@ -128,6 +129,11 @@ class AdaLoraConfig(LoraConfig):
             f"{name}={getattr(self, name)!r}: an integer of at least {low}"
             for name, low in least.items()
             if not _is_count(getattr(self, name), low)
+        ]
+        faults += [
+            f"{name}={value!r}: no layer has room for more than {LARGEST_RANK:,}"
+            for name, value in (("target_r", self.target_r), ("init_r", self.init_r))
+            if _is_number(value) and value > LARGEST_RANK
         ]
         for name in ("beta1", "beta2"):
             value = getattr(self, name)

@@ -9,7 +9,7 @@ from lamina.config.expressions import is_plain, why_not
 from lamina.config.patterns import in_layers, whole
 
 # Ranks are sizes of tensors, which are counted in 64 bits.
-_LARGEST_RANK = 2**24
+LARGEST_RANK = 2**24
 _LARGEST_INDEX = 2**31
 # In one table; names of modules aren't counted.
 _MOST_EXPRESSIONS = 2_000
@@ -33,8 +33,8 @@ def faults_of_numbers(config: Any) -> list[str]:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
             faults.append(f"{name}={rank!r}: a rank is a positive integer")
-        elif rank > _LARGEST_RANK:
-            faults.append(f"{name}={rank!r}: no layer has room for more than {_LARGEST_RANK:,}")
+        elif rank > LARGEST_RANK:
+            faults.append(f"{name}={rank!r}: no layer has room for more than {LARGEST_RANK:,}")
     alphas = {f"alpha_pattern[{k!r}]": v for k, v in _items(config.alpha_pattern)}
     for name, alpha in {"lora_alpha": config.lora_alpha, **alphas}.items():
         if not _is_number(alpha) or alpha == 0:
