@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from lamina.checkpoint.header import data_start
 from lamina.config import LoraConfig
+from lamina.errors import StageError
 from lamina.interop.peft import adapting, lora_config
 from lamina.model import get_peft_model
 from lamina.stages import begin_stage, lineage, load, merged_streaming, save_stage
@@ -291,7 +293,9 @@ class Edit(FromInputs):
         if not out.exists():
             rename_stage(work / "seed", "seed", new, out)
         elif (old := lineage(out).newest.name) != new:
-            rename_stage(out, old, new)
+            # Another process may have given it the new name since.
+            with suppress(StageError):
+                rename_stage(out, old, new)
 
 
 CASES: dict[str, type[Case]] = {

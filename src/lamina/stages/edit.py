@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.checkpoint.adapter import WEIGHTS_NAME, read_adapter, write_adapter
+from lamina.checkpoint.adapter import WEIGHTS_NAME, AdapterFile, read_adapter, write_adapter
 from lamina.checkpoint.chain import makers_of
 from lamina.checkpoint.header import read_header
 from lamina.checkpoint.origin import faults_of_others, plain_key
@@ -18,7 +18,7 @@ from lamina.config import CONFIG_NAME
 from lamina.errors import CheckpointError, StageError, nearest
 from lamina.model.original import scaling_of
 from lamina.stages.assembling import adapter_of, write_stage
-from lamina.stages.lamination import take_apart
+from lamina.stages.lamination import Chain, take_apart
 from lamina.stages.lineage import lineage
 from lamina.stages.names import name_faults
 from lamina.stages.selection import select
@@ -66,8 +66,19 @@ def drop_last_stage(
     """
     files = find_adapter(path, **where)
     place = _place(path, files, out, force)
-    file = read_adapter(path, **where)
-    chain = take_apart(file)
+    # What is read is what is replaced: no other save comes between.
+    with atomic_directory(place) as staging:
+        file = read_adapter(path, **where)
+        chain = take_apart(file)
+        left, record = _without_last(file, chain)
+        write_stage(staging, left, record)
+        if out is not None:
+            copy_tokenizer(files.config.parent, staging)
+    names = tuple(stage.name for stage in record.stages)
+    return EditReport(str(place), names, dropped=chain.record.newest.name)
+
+
+def _without_last(file: AdapterFile, chain: Chain) -> tuple[AdapterFile, StageRecord]:
     _check_droppable(chain.record, chain.source)
     selection = select(chain, range(len(chain.parts) - 1))
     if selection.overwritten:
@@ -79,12 +90,7 @@ def drop_last_stage(
         )
     newest = selection.chain.parts[-1].config
     left = adapter_of(file, chain, selection, newest, scaling_of(newest))
-    with atomic_directory(place) as staging:
-        write_stage(staging, left, selection.chain.record)
-        if out is not None:
-            copy_tokenizer(files.config.parent, staging)
-    names = tuple(stage.name for stage in selection.chain.record.stages)
-    return EditReport(str(place), names, dropped=chain.record.newest.name)
+    return left, selection.chain.record
 
 
 def rename_stage(
@@ -119,6 +125,20 @@ def rename_stage(
             f"{files.root} is a pickle, which has no place for a record.",
             cure="lamina flatten DIR -o OUT saves it as safetensors with a record",
         )
+    # What is read is what is replaced: no other save comes between.
+    with atomic_directory(place) as staging:
+        changed = _with_name(path, where, files, old, new)
+        _rewrite(path, where, files, staging, changed)
+        if out is not None:
+            copy_tokenizer(files.config.parent, staging)
+    now = tuple(stage.name for stage in changed.stages)
+    return EditReport(str(place), now, renamed=(old, new))
+
+
+def _with_name(
+    path: str | Path, where: dict[str, Any], files: AdapterFiles, old: str, new: str
+) -> StageRecord:
+    """The record with a stage's other name."""
     record = lineage(path, **where)
     faults = _rename_faults(record, old, new)
     if faults:
@@ -136,12 +156,7 @@ def rename_stage(
             faults=along,
             cure="resize the base as it was in training, begin a stage on it and save that",
         )
-    with atomic_directory(place) as staging:
-        _rewrite(path, where, files, staging, changed)
-        if out is not None:
-            copy_tokenizer(files.config.parent, staging)
-    now = tuple(stage.name for stage in changed.stages)
-    return EditReport(str(place), now, renamed=(old, new))
+    return changed
 
 
 def _place(path: str | Path, files: AdapterFiles, out: str | Path | None, force: bool) -> Path:
