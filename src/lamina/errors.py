@@ -144,6 +144,10 @@ class PlanError(LaminaError, ValueError):
     """A plan of stages can't be read, or asks for what can't be done."""
 
 
+class DataError(LaminaError, ValueError):
+    """Training data can't be read, or isn't what a method learns from."""
+
+
 class ProbeError(LaminaError, RuntimeError):
     """A model that takes tokens can't be asked any, so that its answers can't be compared."""
 

@@ -27,7 +27,7 @@ stages:
     mode: stack
     method: sft
     datasets:
-      - talks.jsonl
+      - {path: talks.jsonl, weight: 1}
       - {path: more.jsonl, weight: 0.5}
     lora_alpha: 4
     gate: {may_lose: {domain: 5%}}

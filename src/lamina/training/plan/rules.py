@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from lamina.errors import nearest
-from lamina.training.plan.document import Where
+from lamina.training.plan.document import Fault, Where
 from lamina.training.plan.settings import Method, Mode
 
-Fault = tuple[Where, str]
 _WITH_REFERENCE = ("dpo", "kto", "grpo")
 # Setting -> the methods that it means something to.
 _ONLY = {
@@ -138,6 +137,8 @@ def _of_data(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> I
     streamed = [d for d in _dicts(found) if d.get("streaming") is True]
     if streamed and _either("max_steps", stage, defaults) is None:
         yield (*where, "datasets"), "streaming data has no end that is known: give max_steps"
+    if len({d.get("weight") is None for d in _dicts(found)} | _paths_alone(found)) > 1:
+        yield (*where, "datasets"), "give every one of a mixture a weight, or none"
     if streamed and len(streamed) < len(found):
         yield (*where, "datasets"), "either all of a mixture is streaming, or none"
 
@@ -168,6 +169,11 @@ def _of_evals(evals: Any) -> Iterator[Fault]:
 def _either(key: str, stage: dict[str, Any], defaults: dict[str, Any]) -> Any:
     value = stage.get(key)
     return defaults.get(key) if value is None else value
+
+
+def _paths_alone(found: Any) -> set[bool]:
+    """{True}, for without a weight, if any data is a path and nothing else."""
+    return {True} if isinstance(found, list) and any(isinstance(d, str) for d in found) else set()
 
 
 def _dicts(found: Any) -> list[dict[str, Any]]:

@@ -5,32 +5,35 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from lamina.training.plan.explained import Said
 
 Method = Literal["pt", "sft", "dpo", "kto", "orpo", "reward", "grpo"]
 Mode = Literal["continue", "stack", "merge"]
 
-# `package.module:function`, which is imported and called.
-Function = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", strip_whitespace=True)
-]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
+FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_FUNCTION = Said("package.module:function", "package.module:function")
 
 
-def in_list(value: Any) -> Any:
+def _no_switch(value: Any) -> Any:
+    """A number that is none: YAML's `yes` and `true`, which Python counts as 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("no_number", "is a number")
+    return value
+
+
+def _in_list(value: Any) -> Any:
     """One of something where a list of it is meant."""
     return value if value is None or isinstance(value, list) else [value]
 
 
 def _as_data(value: Any) -> Any:
     """A path alone is data without further settings."""
-    return (
-        [{"path": x} if isinstance(x, str) else x for x in value]
-        if isinstance(value, list)
-        else value
-    )
+    value = _in_list(value)
+    if not isinstance(value, list):
+        return value
+    return [{"path": each} if isinstance(each, str) else each for each in value]
 
 
 def _as_share(value: Any) -> Any:
@@ -41,6 +44,38 @@ def _as_share(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+_NUMBER = BeforeValidator(_no_switch)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
+Fraction = Annotated[float, Field(gt=0, lt=1), _NUMBER]
+Probability = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+Count = Annotated[int, Field(gt=0), _NUMBER]
+Index = Annotated[int, Field(ge=0), _NUMBER]
+# "5%" or 0.05.
+Share = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(_as_share, json_schema_input_type=float | str),
+    _NUMBER,
+    Said("a number or a percentage", "numbers or percentages"),
+]
+# `package.module:function`, which is imported and called.
+Function = Annotated[
+    str, StringConstraints(pattern=FUNCTION_PATTERN, strip_whitespace=True), _FUNCTION
+]
+Functions = Annotated[
+    list[Function],
+    Field(min_length=1),
+    BeforeValidator(_in_list, json_schema_input_type=str | list[str]),
+    Said("package.module:function, or a list of such", "lists of package.module:function"),
+]
+Texts = Annotated[
+    list[str],
+    BeforeValidator(_in_list, json_schema_input_type=str | list[str]),
+    Said("a text or a list of texts", "lists of texts"),
+]
 
 
 class PlanPart(BaseModel):
@@ -59,7 +94,8 @@ class Data(PlanPart):
         revision: of a hub dataset.
         format: how an example is laid out; "auto" looks at the columns.
         columns: what is expected -> what the data calls it, such as {prompt: question}.
-        weight: its share in a mixture, beside the weights of the others.
+        weight: its share in a mixture, beside the weights of the others. Either every one has a
+            weight, or none: then each example of all comes once per epoch.
         max_samples: the first so many examples.
         streaming: read while training, don't prepare it all first.
     """
@@ -80,13 +116,16 @@ class Data(PlanPart):
         "prompt_only",
     ] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
-    weight: Positive = 1.0
+    weight: Positive | None = None
     max_samples: Count | None = None
     streaming: bool = False
 
 
 Datasets = Annotated[
-    list[Data], BeforeValidator(_as_data), BeforeValidator(in_list), Field(min_length=1)
+    list[Data],
+    Field(min_length=1),
+    BeforeValidator(_as_data, json_schema_input_type=str | Data | list[str | Data]),
+    Said("a path, settings of data, or a list of such", "lists of data"),
 ]
 
 
@@ -103,9 +142,9 @@ class Gate(PlanPart):
         max_retries: after which the run stops.
     """
 
-    may_lose: dict[str, Annotated[float, BeforeValidator(_as_share)]] = Field(min_length=1)
+    may_lose: dict[str, Share] = Field(min_length=1)
     on_failure: Literal["stop", "rollback", "retry"] = "stop"
-    retry_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    retry_factor: Fraction = 0.5
     max_retries: Count = 1
 
 
@@ -170,16 +209,16 @@ class Settings(PlanPart):
     method: Method | None = None
     datasets: Datasets | None = None
     eval_datasets: Datasets | None = None
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    eval_fraction: Fraction | None = None
 
     lora_r: Count | None = None
     lora_alpha: Positive | None = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    lora_dropout: Probability | None = None
     lora_target_modules: str | list[str] | None = None
     lora_exclude_modules: str | list[str] | None = None
-    lora_target_parameters: list[str] | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    lora_target_parameters: Texts | None = None
+    modules_to_save: Texts | None = None
+    trainable_token_indices: list[Index] | dict[str, list[Index]] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
     lora_bias: bool | None = None
@@ -209,15 +248,15 @@ class Settings(PlanPart):
     eval_steps: Count | None = None
     save_steps: Count | None = None
     save_total_limit: Count | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Index | None = None
 
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
     beta: NotNegative | None = None
     loss_type: str | None = None
     reference: str | None = None
-    reward_functions: Annotated[list[Function], BeforeValidator(in_list)] | None = None
-    num_generations: Annotated[int, Field(ge=2)] | None = None
+    reward_functions: Functions | None = None
+    num_generations: Annotated[int, Field(ge=2), _NUMBER] | None = None
     max_completion_length: Count | None = None
     temperature: Positive | None = None
     trainer_args: dict[str, Any] | None = None
