@@ -24,6 +24,7 @@ from lamina.demo.run import SHIPPED_BASE
 from lamina.errors import (
     AlreadyAdaptedError,
     CheckpointError,
+    MismatchWarning,
     ProbeWarning,
     StageError,
     VerificationError,
@@ -660,6 +661,19 @@ def test_loading_verifies_where_it_is_asked_to(runs: Path, tmp_path: Path) -> No
     other = {"allow_base_mismatch": True, "verify": True}
     with pytest.raises(VerificationError, match="not, or doesn't answer, what was saved"):
         load(runs / "chat", models.tiny_llama(seed=1), **other)
+
+
+def test_a_quantised_load_is_verified(tmp_path: Path) -> None:
+    path = demo_stage(tmp_path)
+    options = {"quantization_config": four_bits(), "dtype": torch.float32, "verify": True}
+    with pytest.warns(MismatchWarning, match="instead of dense"):
+        load(path, **options)
+    twice = changed(path, tmp_path / "twice", config=double_alpha)
+    with (
+        pytest.warns(MismatchWarning),
+        pytest.raises(VerificationError, match="scaled by 2"),
+    ):
+        load(twice, **options)
 
 
 # --- saving -------------------------------------------------------------------------------------
