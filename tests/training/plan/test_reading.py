@@ -159,7 +159,7 @@ def test_twelve_faults_in_one_message_with_their_lines_and_at_once(tmp_path: Pat
         ({"method": "grpo"}, "needs reward_functions"),
         ({"method": "grpo", "reward_functions": "nonsense"}, "reward_functions"),
         ({"beta": 0.1}, "means nothing to sft"),
-        ({"eval_steps": 5}, "to evaluate on"),
+        ({"eval_steps": 5}, "needs eval_datasets or eval_fraction in stage 'a'"),
         ({"max_steps": 5, "num_train_epochs": 1}, "one of them is enough"),
         ({"datasets": [{"path": "a", "streaming": True}]}, "give max_steps"),
         ({"name": "../outside"}, "name"),
@@ -234,3 +234,70 @@ def test_the_schema_of_editors_knows_every_field() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == set(Plan.model_fields)
     assert json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"lora_target_modules": 5},
+            "lora_target_modules: must be a text or a list of texts, not 5",
+        ),
+        ({"lora_exclude_modules": [1]}, "must be a text or a list of texts, not [1]"),
+        ({"init_lora_weights": 3.5}, "must be true, false or a text, not 3.5"),
+        (
+            {"trainable_token_indices": "x"},
+            "must be a list of whole numbers or a mapping of names to lists of whole numbers",
+        ),
+        ({"lora_r": "x"}, "lora_r: must be a whole number, not 'x'"),
+        ({"max_steps": 1.5}, "must be a whole number, not 1.5"),
+        ({"lora_alpha": True}, "lora_alpha: must be a number, not True"),
+        ({"learning_rate": "fast"}, "must be a number, not 'fast'"),
+        ({"use_dora": "maybe"}, "must be true or false, not 'maybe'"),
+        ({"rank_pattern": {"a": 0}}, "rank_pattern.a: must be more than 0, not 0"),
+        ({"seed": -1}, "must be at least 0, not -1"),
+        ({"optim": 3}, "must be a text, not 3"),
+        ({"trainer_args": [1]}, "must be a mapping of names to values, not [1]"),
+        ({"gate": 5}, "gate: must be a mapping of names to values, not 5"),
+        ({"name": "x" * 65}, "must have at most 64 characters, not 65"),
+        ({"name": "a b"}, "must be letters, digits, - and _ only"),
+        ({"datasets": [{"path": ""}]}, "datasets.1.path: is empty"),
+        ({"datasets": [{}]}, "datasets.1.path: is missing"),
+        ({"datasets": []}, "datasets: is empty: give 1 or more"),
+        ({"datasets": {"pth": "a"}}, "datasets.pth: is unknown; did you mean 'path'?"),
+        ({"dtype": "auto"}, "put it at the top"),
+        ({"lora_target_modules": "((("}, "is not a regular expression"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias=True goes with"),
+        ({"lora_target_linear": 5}, "lora_target_linear: must be true or false, not 5"),
+    ],
+)
+def test_one_sentence_for_each_kind_of_wrong_value(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    faults = faults_of(tmp_path, with_stage(**settings))
+    assert sum(told in fault for fault in faults) == 1, faults
+    setting = next(iter(settings))
+    assert sum(setting in fault for fault in faults) == 1 or setting == "datasets", faults
+
+
+def test_what_a_stage_says_is_not_overruled_by_the_defaults(tmp_path: Path) -> None:
+    text = with_stage(num_train_epochs=3) + "defaults: {max_steps: 5, eval_fraction: 0.1}\n"
+    plan = read_plan(write(tmp_path, text))
+    settings = plan.settings_of(plan.stages[0])
+    assert (settings.max_steps, settings.num_train_epochs) == (None, 3)
+    assert settings.eval_fraction == 0.1
+
+
+def test_defaults_that_mean_nothing_to_a_stage_of_them(tmp_path: Path) -> None:
+    defaults = "{early_stopping_patience: 2, max_steps: 1, num_train_epochs: 1}"
+    faults = "".join(faults_of(tmp_path, with_stage() + f"defaults: {defaults}"))
+    assert "early_stopping_patience: needs eval_datasets or eval_fraction in stage 'a'" in faults
+    assert "num_train_epochs: max_steps is given too" in faults
+
+
+def test_nothing_is_trained_on_a_reward_model(tmp_path: Path) -> None:
+    text = with_stage(method="reward") + (
+        "- {name: b, method: dpo, mode: stack, datasets: b.jsonl}\n"
+    )
+    (told,) = faults_of(tmp_path, text)
+    assert "whose head writes no text" in told

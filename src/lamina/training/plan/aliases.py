@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lamina.training.plan.document import Document, Where
+from lamina.training.plan.document import Document, Fault, Where
 
 # Of LLaMA-Factory, Axolotl and TRL, in this order.
 OF_SETTINGS = {
@@ -45,9 +45,9 @@ OF_DATA = {"dataset_name": "path", "file": "path", "type": "format", "subset": "
 _DATASETS = ("datasets", "eval_datasets")
 
 
-def rename(document: Document) -> list[tuple[Where, str]]:
+def rename(document: Document) -> list[Fault]:
     """Give all keys of a document their own names, in place; returns what can't be renamed."""
-    faults: list[tuple[Where, str]] = []
+    faults: list[Fault] = []
     root = document.values
     if not isinstance(root, dict):
         return faults
@@ -82,7 +82,7 @@ def _rename(
     where: Where,
     part: dict[str, Any],
     names: dict[str, str],
-    faults: list[tuple[Where, str]],
+    faults: list[Fault],
 ) -> None:
     for alias in [key for key in part if key in names]:
         own = names[alias]
@@ -93,6 +93,8 @@ def _rename(
         value = part.pop(alias)
         if alias == "lora_target_linear":
             # Axolotl's switch for what is called "all-linear" everywhere else.
+            if not isinstance(value, bool):
+                faults.append(((*where, alias), f"must be true or false, not {value!r}"))
             if value is not True:
                 continue
             value = "all-linear"

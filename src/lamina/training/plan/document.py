@@ -12,6 +12,8 @@ from lamina.errors import PlanError
 
 # Where something stands in a document: keys of mappings and places in lists.
 Where = tuple[str | int, ...]
+# What is wrong, and where.
+Fault = tuple[Where, str]
 
 _LARGEST_BYTES = 4 << 20
 # Aliases make a small file a large document; no plan is that long.

@@ -7,18 +7,18 @@ from typing import Any
 
 import yaml
 
-from lamina.training.plan.document import Document, Where
+from lamina.training.plan.document import Document, Fault, Where
 from lamina.training.plan.settings import Settings
 
 
-def apply(document: Document, overrides: Sequence[str]) -> list[tuple[Where, str]]:
+def apply(document: Document, overrides: Sequence[str]) -> list[Fault]:
     """Put `KEY=VALUE` into a document; returns what can't be.
 
     KEY is dotted: `stages.chat.learning_rate` (a stage by its name or number), `defaults.lora_r`,
     `output_dir`; a setting of stages alone, `learning_rate`, means `defaults.learning_rate`. VALUE
     is YAML.
     """
-    faults: list[tuple[Where, str]] = []
+    faults: list[Fault] = []
     for text in overrides:
         key, equals, written = text.removeprefix("--").partition("=")
         if not equals or not key:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from lamina.errors import PlanError, nearest
+from lamina.errors import PlanError
 from lamina.training.plan import aliases, overrides
-from lamina.training.plan.document import Document, Where, read_document
+from lamina.training.plan.adapters import faults_of_adapters
+from lamina.training.plan.document import Document, Fault, Where, read_document
+from lamina.training.plan.messages import place_of, sentence
 from lamina.training.plan.rules import faults_between
-from lamina.training.plan.schema import Eval, Plan, StagePlan
-from lamina.training.plan.settings import Data, Gate, Settings
+from lamina.training.plan.schema import Plan
 
-Fault = tuple[Where, str]
-_PARTS: dict[str, type[BaseModel]] = {
-    "defaults": Settings,
-    "stages": StagePlan,
-    "evals": Eval,
-    "datasets": Data,
-    "eval_datasets": Data,
-    "gate": Gate,
-}
+
+@dataclass(frozen=True)
+class OpenedPlan:
+    """A plan, and the document that it was read from: the lines of its settings.
+
+    Attributes:
+        plan: what it says, checked.
+        document: where it says so.
+    """
+
+    plan: Plan
+    document: Document
 
 
 def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
@@ -36,16 +41,31 @@ def read_plan(path: str | Path, changes: Sequence[str] = ()) -> Plan:
     Raises:
         PlanError: with every fault and its line, in their order.
     """
-    document = read_document(Path(path).expanduser())
+    return open_plan(path, changes).plan
+
+
+def open_plan(path: str | Path, changes: Sequence[str] = ()) -> OpenedPlan:
+    """Read and check a plan, and keep the lines of what it says; as `read_plan` otherwise."""
+    return check_document(read_document(Path(path).expanduser()), changes)
+
+
+def check_document(document: Document, changes: Sequence[str] = ()) -> OpenedPlan:
+    """Check a plan that was parsed; it is changed in place, as `changes` and aliases ask for.
+
+    Raises:
+        PlanError: with every fault and its line, in their order.
+    """
     found: list[Fault] = overrides.apply(document, changes)
     found += aliases.rename(document)
     plan, wrong = _validated(document)
     told = {where for where, _ in wrong}
     # A rule has nothing to say of what is no value at all.
     found += [*wrong, *(each for each in faults_between(document.values) if each[0] not in told)]
+    if plan is not None:
+        found += faults_of_adapters(plan)
     if plan is None or found or document.faults:
-        raise _error(document, found)
-    return plan
+        raise plan_error(document, found)
+    return OpenedPlan(plan, document)
 
 
 def _validated(document: Document) -> tuple[Plan | None, list[Fault]]:
@@ -57,72 +77,28 @@ def _validated(document: Document) -> tuple[Plan | None, list[Fault]]:
     except ValidationError as error:
         faults: dict[Where, str] = {}
         for each in error.errors():
-            where = _in_document(document, each["loc"])
-            faults.setdefault(where, _told(where, each))
+            place = place_of(each["loc"], document.values)
+            faults.setdefault(place.where, sentence(place, each, document.values))
         return None, list(faults.items())
 
 
-def _in_document(document: Document, loc: tuple[int | str, ...]) -> Where:
-    """Where an error is, without the names of the alternatives that pydantic tried."""
-    here: Any = document.values
-    where: Where = ()
-    for step in loc:
-        in_list = isinstance(here, list) and isinstance(step, int) and step < len(here)
-        if in_list or (isinstance(here, dict) and step in here):
-            here = here[step]
-        elif isinstance(here, (dict, list)) and step == loc[-1]:
-            return (*where, step)
-        else:
-            # A single one where a list was meant.
-            continue
-        where = (*where, step)
-    return where
-
-
-def _told(where: Where, error: Any) -> str:
-    kind, value = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        return _unknown(where)
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        known = [
-            each.strip(" '") for each in error["ctx"]["expected"].replace(" or ", ",").split(",")
-        ]
-        close = nearest(str(value), known)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{value!r} is none of {', '.join(known)}{hint}"
-    shown = repr(value)
-    told = error["msg"].removeprefix("Value error, ")
-    return f"{told[:1].lower()}{told[1:]}, not {shown if len(shown) < 60 else shown[:57] + '...'}"
-
-
-def _unknown(where: Where) -> str:
-    name = str(where[-1])
-    model = _model_at(where[:-1])
-    known = set(model.model_fields)
-    close = nearest(name, known)
-    if model is Plan and name in Settings.model_fields:
-        return "is a setting of stages: put it under defaults, or into a stage"
-    return "is unknown" + (f"; did you mean {close[0]!r}?" if close else "")
-
-
-def _model_at(where: Where) -> type[BaseModel]:
-    names = [step for step in where if isinstance(step, str) and step in _PARTS]
-    return _PARTS[names[-1]] if names else Plan
-
-
-def _error(document: Document, found: Sequence[Fault]) -> PlanError:
-    told = [(line, f"line {line}: {what}") for line, what in document.faults]
-    told += [_placed(document, where, what) for where, what in found]
-    told.sort(key=lambda each: each[0])
-    lines = list(dict.fromkeys(text for _, text in told))
+def plan_error(document: Document, found: Sequence[Fault]) -> PlanError:
+    """One error that tells all faults of a document, by their lines."""
+    lines = fault_lines(document, found)
     count = f"{len(lines)} fault" + ("s" if len(lines) != 1 else "")
     return PlanError(
         f"{document.source} has {count}.",
         faults=lines,
         cure="mend these; lamina init writes a plan with every setting explained",
     )
+
+
+def fault_lines(document: Document, found: Sequence[Fault]) -> list[str]:
+    """`line 12: chat.lora_r: ...` for each fault, in the order of the lines."""
+    told = [(line, f"line {line}: {what}") for line, what in document.faults]
+    told += [_placed(document, where, what) for where, what in found]
+    told.sort(key=lambda each: each[0])
+    return list(dict.fromkeys(text for _, text in told))
 
 
 def _placed(document: Document, where: Where, what: str) -> tuple[int, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from lamina.errors import nearest
+from lamina.training.plan.adapters import FIELDS
 from lamina.training.plan.document import Fault, Where
+from lamina.training.plan.messages import hint
+from lamina.training.plan.schema import ONE_OF
 from lamina.training.plan.settings import Method, Mode
 
 _WITH_REFERENCE = ("dpo", "kto", "grpo")
@@ -23,22 +25,6 @@ _ONLY = {
     "completion_only_loss": ("sft",),
     "packing": ("pt", "sft"),
 }
-# Taken over with the ranks that "continue" trains on.
-_OF_RANKS = (
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_exclude_modules",
-    "lora_target_parameters",
-    "modules_to_save",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "init_lora_weights",
-)
 
 
 def faults_between(values: Any) -> Iterator[Fault]:
@@ -52,6 +38,8 @@ def faults_between(values: Any) -> Iterator[Fault]:
     defaults: dict[str, Any] = shared if isinstance(shared, dict) else {}
     yield from _twice(names)
     yield from _of_base(values)
+    yield from _of_ends(stages, defaults)
+    yield from _one_of(("defaults",), defaults)
     for place, stage in enumerate(stages):
         if isinstance(stage, dict):
             where = ("stages", place)
@@ -73,6 +61,16 @@ def _of_base(values: dict[str, Any]) -> Iterator[Fault]:
         yield ("load_in_8bit",), "a base is loaded in 4 bits or in 8, not in both"
 
 
+def _of_ends(stages: list[Any], defaults: dict[str, Any]) -> Iterator[Fault]:
+    """A reward model has another head than one that writes: nothing else is trained on it."""
+    methods = [_either("method", each, defaults) for each in stages if isinstance(each, dict)]
+    for place, method in enumerate(methods):
+        if method != "reward" and "reward" in methods[:place]:
+            told = "the stages before it end in a reward model, whose head writes no text"
+            yield ("stages", place), f"{told}: train that in a plan of its own"
+            return
+
+
 def _of_mode(
     where: Where, stage: dict[str, Any], place: int, values: dict[str, Any]
 ) -> Iterator[Fault]:
@@ -80,14 +78,14 @@ def _of_mode(
     if place == 0 and mode is not None:
         yield (*where, "mode"), "the first stage has no parent, and so no mode: leave it out"
     if place > 0 and mode is None:
-        ways = " or ".join(get_args(Mode))
+        ways = ", ".join(get_args(Mode))
         yield where, f"say how this stage is begun on the one before: mode: {ways}"
     quantised = [key for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
     if mode == "merge" and quantised:
         told = f"merge folds the parent into dense weights, and {quantised[0]} leaves none; "
         yield (*where, "mode"), f"{told}stack computes the same"
     if mode == "continue":
-        for key in _OF_RANKS:
+        for key in FIELDS:
             if stage.get(key) is not None:
                 yield (*where, key), "continue trains the parent's ranks on, with their settings"
 
@@ -107,12 +105,8 @@ def _of_method(
     reference = stage.get("reference")
     known = ["parent", "base", *filter(None, earlier)]
     if reference is not None and reference not in known:
-        close = nearest(str(reference), known)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield (
-            (*where, "reference"),
-            f"{reference!r} is neither parent, base nor an earlier stage{hint}",
-        )
+        told = f"{reference!r} is neither parent, base nor an earlier stage{hint(reference, known)}"
+        yield (*where, "reference"), told
     yield from _of_numbers(where, stage, defaults)
 
 
@@ -121,12 +115,22 @@ def _of_numbers(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -
         "eval_fraction", stage, defaults
     )
     for key in ("early_stopping_patience", "eval_steps"):
-        if stage.get(key) is not None and not held_out:
-            yield (*where, key), "needs eval_datasets or eval_fraction to evaluate on"
-    if stage.get("eval_datasets") is not None and stage.get("eval_fraction") is not None:
-        yield (*where, "eval_fraction"), "eval_datasets are given too; one of them is enough"
-    if stage.get("max_steps") is not None and stage.get("num_train_epochs") is not None:
-        yield (*where, "num_train_epochs"), "max_steps is given too; one of them is enough"
+        if _either(key, stage, defaults) and not held_out:
+            place = where if stage.get(key) is not None else ("defaults",)
+            yield (*place, key), f"needs eval_datasets or eval_fraction in {_called(stage)}"
+    yield from _one_of(where, stage)
+
+
+def _one_of(where: Where, settings: dict[str, Any]) -> Iterator[Fault]:
+    """Pairs of which a stage has one; where the defaults have the other, the stage's own holds."""
+    for first, second in ONE_OF:
+        if settings.get(first) is not None and settings.get(second) is not None:
+            yield (*where, second), f"{first} is given too; one of them is enough"
+
+
+def _called(stage: dict[str, Any]) -> str:
+    name = stage.get("name")
+    return f"stage {name!r}" if isinstance(name, str) else "the stage"
 
 
 def _of_data(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> Iterator[Fault]:
@@ -151,9 +155,8 @@ def _of_gate(
     known = list(evals) if isinstance(evals, dict) else []
     for name in bounds if isinstance(bounds, dict) else ():
         if name not in known:
-            close = nearest(str(name), known)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            yield (*where, "gate", "may_lose", name), f"there is no eval {name!r}{hint}"
+            told = f"there is no eval {name!r}{hint(name, known)}"
+            yield (*where, "gate", "may_lose", name), told
 
 
 def _of_evals(evals: Any) -> Iterator[Fault]:

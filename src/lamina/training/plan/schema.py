@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from lamina.training.plan.settings import (
     Count,
@@ -13,11 +13,12 @@ from lamina.training.plan.settings import (
     Mode,
     PlanPart,
     Settings,
-    in_list,
+    Texts,
 )
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 # The name of an adapter in a model and of a directory.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 
 # What is taken where neither a stage nor `defaults` says anything.
 BUILT_IN: dict[str, Any] = {
@@ -48,6 +49,9 @@ LEARNING_RATES = {
     "grpo": 1e-5,
 }
 
+# Of each pair a stage has one.
+ONE_OF = (("max_steps", "num_train_epochs"), ("eval_datasets", "eval_fraction"))
+
 
 class Eval(PlanPart):
     """A held-out set that every stage is measured on.
@@ -67,7 +71,7 @@ class Eval(PlanPart):
     max_samples: Count | None = None
     max_length: Count = 1024
     max_new_tokens: Count = 64
-    lm_eval: Annotated[list[str], BeforeValidator(in_list)] | None = None
+    lm_eval: Texts | None = None
 
 
 class StagePlan(Settings):
@@ -85,6 +89,10 @@ class StagePlan(Settings):
         """Its settings with those of `defaults`, and of Lamina, where it says nothing itself."""
         method = self.method or defaults.method or "sft"
         fallback = {**BUILT_IN, "method": method, "learning_rate": LEARNING_RATES[method]}
+        for pair in ONE_OF:
+            # What a stage says itself is not overruled by the other of a pair in `defaults`.
+            if any(getattr(self, name) is not None for name in pair):
+                defaults = defaults.model_copy(update=dict.fromkeys(pair))
         chosen: dict[str, Any] = {}
         for name in Settings.model_fields:
             said = (getattr(self, name), getattr(defaults, name), fallback.get(name))
@@ -125,7 +133,7 @@ class Plan(PlanPart):
     load_in_8bit: bool = False
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    report_to: Annotated[list[str], BeforeValidator(in_list)] = Field(default_factory=list)
+    report_to: Texts = Field(default_factory=list)
     defaults: Settings = Field(default_factory=Settings)
     evals: dict[Name, Eval] = Field(default_factory=dict)
     prompts: list[str] = Field(default_factory=list)
@@ -134,12 +142,3 @@ class Plan(PlanPart):
     def settings_of(self, stage: StagePlan) -> Settings:
         """What a stage is run with."""
         return stage.asked(self.defaults)
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a plan, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": "lamina-plan-1",
-        **Plan.model_json_schema(),
-    }
