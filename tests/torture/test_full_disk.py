@@ -80,7 +80,7 @@ def test_an_error_at_every_change_to_the_disk(
     refused = harmless = 0
     told = "Input/output error" if error == "EIO" else FULL
     with figures.timed("errors", what=bench.case.told, error=error) as row:
-        for at in each(end.calls, short=5):
+        for at in each(end.calls, short=3):
             bench.case.forget(bench.work)
             before, number = bench.case.read(bench.work), bench.next()
             end = bench.run(number, kind="fail", errno=error, at=at)

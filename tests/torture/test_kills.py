@@ -46,7 +46,7 @@ def test_at_random_instants(name: str, benches: Benches, figures: Figures) -> No
     bench = benches(name)
     inputs = bench.case.inputs(bench.work)
     longest = bench.seconds()
-    kills = amount(full=200, short=6)
+    kills = amount(full=200, short=4)
     moments = random.Random(0)
     mixtures: list[str] = []
     seen = {"old": 0, "new": 0}
@@ -79,7 +79,7 @@ def test_at_random_instants(name: str, benches: Benches, figures: Figures) -> No
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["over", "first"])
-@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "stage", "merge")))
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "merge")))
 def test_before_every_change_to_the_disk(
     name: str, first: bool, benches: Benches, figures: Figures
 ) -> None:
@@ -90,7 +90,7 @@ def test_before_every_change_to_the_disk(
     told = bench.case.told + (", first time" if first else "")
     with figures.timed("steps", what=told) as row:
         calls = _calls(bench, first)
-        for at in each(calls, short=6):
+        for at in each(calls, short=4):
             before = _begin(bench, first)
             number = bench.next()
             end = bench.run(number, kind="die", at=at)

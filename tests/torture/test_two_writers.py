@@ -53,7 +53,7 @@ def both(bench: Bench, at: int) -> tuple[bool, bool]:
     return end.done, not told
 
 
-@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "stage", "merge")))
+@pytest.mark.parametrize("name", amount(full=tuple(CASES), short=("renames", "merge")))
 def test_at_every_change_to_the_disk(
     name: str, benches: Callable[[str], Bench], figures: Figures
 ) -> None:
@@ -61,7 +61,7 @@ def test_at_every_change_to_the_disk(
     end = bench.run(bench.next())
     found = {"told": 0, "one after the other": 0}
     with figures.timed("two writers", what=bench.case.told) as row:
-        for at in each(end.calls, short=5):
+        for at in each(end.calls, short=3):
             one, other = both(bench, at)
             assert one or other
             found["one after the other" if one and other else "told"] += 1
