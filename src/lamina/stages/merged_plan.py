@@ -153,8 +153,8 @@ def _changes(facade: PeftModel, adapter: str, given: set[str]) -> Changes:
         raise NotStreamable("the adapter replicates layers")
     changes = changes_of(root, adapter, state, given)
     if changes.refused:
-        count = sum(1 for _ in places(root))
-        raise not_foldable(changes.refused, count, tied=bool(sharing(places(root))))
+        tied = bool(sharing(places(root)))
+        raise not_foldable(changes.refused, changes.layers, tied=tied)
     return changes
 
 

@@ -92,7 +92,7 @@ def test_an_adapter_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> Non
     base = models.tiny_llama(tie_word_embeddings=True)
     saved(base, tmp_path, linear(target_modules=["embed_tokens"]))
     for streaming in (True, False):
-        with pytest.raises(FoldError, match="tied to lm_head"):
+        with pytest.raises(FoldError, match=r"1 of 1 layers can't[^$]*tied to lm_head"):
             save_merged(
                 tmp_path / "adapter",
                 tmp_path / "out",

@@ -154,6 +154,7 @@ class Changes:
         shapes: name -> shape.
         refused: why the adapter can't be folded; the engine would say the same.
         faults: what can't be done tensor by tensor.
+        layers: how many layers the adapter is in.
     """
 
     values: dict[str, Value]
@@ -161,6 +162,7 @@ class Changes:
     shapes: dict[str, tuple[int, ...]]
     refused: tuple[str, ...]
     faults: tuple[str, ...]
+    layers: int
 
 
 def changes_of(root: nn.Module, adapter: str, state: AdapterState, given: set[str]) -> Changes:
@@ -201,7 +203,7 @@ def changes_of(root: nn.Module, adapter: str, state: AdapterState, given: set[st
                     values[name] = Value(("bias", identity), Biased(adapter, layer))
     values.update(_saved(root, adapter))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Changes(values, before, shapes, tuple(refused), tuple(faults))
+    return Changes(values, before, shapes, tuple(refused), tuple(faults), len(work))
 
 
 def _tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
