@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ from tests.stages.chains import answer
 from tests.torture.fuzz_configs import SLOW_PATTERNS
 from tests.torture.fuzz_corpus import BASES, CONFIG, KINDS, PICKLE
 
+# It can't open these, or does something else with them than what was trained.
+_NOT_IN_PEFT = ("sharded", "pickle", "convolutions", "PiSSA", "chain")
 # 2 is an error that is told; doctor has codes for warnings and errors that it finds.
 _EXIT_CODES = {"doctor": (0, 1, 2, 3), "verify": (0, 1, 2)}
 _PARTS_OF_NAMES = ("base_model.model.", "module.", "_orig_mod.", ".default")
@@ -306,6 +310,42 @@ def _diff(subject: Subject) -> None:
     str(diff(subject.path, subject.corpus / subject.kind)).encode()
 
 
+def _as_peft(subject: Subject) -> None:
+    """What is loaded answers as it does in the real peft, where that opens it too."""
+    with _Base(subject) as base:
+        ours = PeftModel.from_pretrained(base, subject.path, **subject.options).eval()
+    text = (subject.path / CONFIG).read_text()
+    # The real peft hangs on these.
+    slow = len(text) > 20_000 or any(pattern in SLOW_PATTERNS for pattern in _strings(text))
+    # It drops what is spelled in another way, in silence.
+    names = tensors_of(subject, subject.corpus / subject.kind).keys()
+    if slow or tensors_of(subject).keys() != names or subject.kind in _NOT_IN_PEFT:
+        return
+    try:
+        with _Base(subject) as base, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.PeftModel.from_pretrained(base, str(subject.path)).eval()
+            expected = _answer(theirs)
+    except Exception:
+        return
+    if not torch.allclose(_answer(ours), expected, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise WrongError("the real peft answers something else")
+
+
+def _strings(text: str) -> set[str]:
+    found: set[str] = set()
+    left: list[Any] = [json.loads(text)]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str):
+            found.add(value)
+    return found
+
+
 _OTHERS: dict[str, Callable[[Subject], None]] = {
     "lamina inspect": lambda subject: _cli(subject, "inspect"),
     "lamina lineage": lambda subject: _cli(subject, "lineage"),
@@ -313,6 +353,7 @@ _OTHERS: dict[str, Callable[[Subject], None]] = {
     "lamina diff": lambda subject: _cli(subject, "diff", str(subject.path), "--json"),
     "lamina inspect --json": lambda subject: _cli(subject, "inspect", "--json"),
     "lamina doctor": lambda subject: _cli(subject, "doctor"),
+    "as peft": _as_peft,
     "doctor": _doctor,
     "verify": _verify,
     "flatten": _flatten,
