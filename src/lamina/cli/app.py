@@ -18,6 +18,7 @@ from lamina.cli.edit import edit
 from lamina.cli.env import env
 from lamina.cli.export import export
 from lamina.cli.flatten import flatten
+from lamina.cli.init import init
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
@@ -76,6 +77,7 @@ def _root(
 
 for _verb in (
     demo,
+    init,
     inspect,
     doctor,
     verify,

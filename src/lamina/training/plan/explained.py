@@ -77,7 +77,7 @@ def _kinds(annotation: Any, several: bool) -> Iterator[str]:
 
 def _words(kind: Any) -> tuple[str, str]:
     if inspect.isclass(kind) and issubclass(kind, BaseModel):
-        return "a mapping of names to values", "mappings of names to values"
+        return "a mapping of settings", "mappings of settings"
     return _WORDS[kind]
 
 

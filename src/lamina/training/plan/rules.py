@@ -13,7 +13,7 @@ from lamina.training.plan.settings import Method, Mode
 
 _WITH_REFERENCE = ("dpo", "kto", "grpo")
 # Setting -> the methods that it means something to.
-_ONLY = {
+ONLY = {
     "beta": ("dpo", "kto", "orpo", "grpo"),
     "loss_type": ("sft", "dpo", "kto", "grpo"),
     "reference": _WITH_REFERENCE,
@@ -97,7 +97,7 @@ def _of_method(
     if method is None:
         yield where, f"say what it does: method: {', '.join(get_args(Method))}"
         return
-    for key, methods in _ONLY.items():
+    for key, methods in ONLY.items():
         if stage.get(key) is not None and method in get_args(Method) and method not in methods:
             yield (*where, key), f"means nothing to {method}; it is for {', '.join(methods)}"
     if method == "grpo" and not _either("reward_functions", stage, defaults):

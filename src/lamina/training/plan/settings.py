@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lamina.training.plan.explained import Said
@@ -82,6 +89,14 @@ class PlanPart(BaseModel):
     """A part of a plan: what it doesn't know, it refuses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, values: Any) -> Any:
+        # `defaults:` above settings that are all commented out says nothing, which is allowed.
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Data(PlanPart):
@@ -171,7 +186,7 @@ class Settings(PlanPart):
         rank_pattern: names or regular expressions -> ranks.
         alpha_pattern: likewise, alphas.
         init_lora_weights: how A and B begin, as in LoraConfig.
-        learning_rate: of the optimizer.
+        learning_rate: of the optimizer; if not given, what is usual for the method.
         loraplus_lr_ratio: B learns this many times faster than A (LoRA+).
         num_train_epochs: passes over the data; ignored if max_steps is given.
         max_steps: optimizer steps.
