@@ -113,6 +113,8 @@ def page(figures: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """A column for each figure, numbers to the right."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
+    # What it is about comes first.
+    columns.sort(key=lambda column: column not in ("what", "mutator"))
     columns += ["seconds"] if any("seconds" in row for row in rows) else []
     numeric = {c for c in columns if all(isinstance(row.get(c, 0), int | float) for row in rows)}
     lines = [columns, ["---:" if column in numeric else "---" for column in columns]]

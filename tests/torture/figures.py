@@ -39,7 +39,7 @@ class Figures:
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         run = {"date": datetime.date.today().isoformat(), "machine": machine()}
         known.update({name: {**run, "rows": rows} for name, rows in self.sections.items()})
-        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
