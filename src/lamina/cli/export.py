@@ -15,7 +15,7 @@ from lamina.checkpoint.export.contents import Finding
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
 from lamina.cli.merge import Dtype
-from lamina.cli.terminal import console, count_of, facts, print_json, size, span
+from lamina.cli.terminal import console, count_of, facts, hush_loading, print_json, size, span
 from lamina.errors import ExportError
 
 if TYPE_CHECKING:
@@ -80,13 +80,12 @@ def export(  # noqa: PLR0913, PLR0917
         )
     # They import torch.
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from lamina.checkpoint.export.base_config import read_base_config
     from lamina.stages.export import check_export
     from lamina.stages.export import export as write
 
-    disable_progress_bar()
+    hush_loading()
     asked: dict[str, Any] = {
         "target": target.value,
         "base": base if base is None or (probe and not check) else read_base_config(base),

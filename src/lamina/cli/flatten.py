@@ -12,7 +12,16 @@ import typer
 from rich.text import Text
 
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, count_of, facts, print_json, some, span, table
+from lamina.cli.terminal import (
+    console,
+    count_of,
+    facts,
+    hush_loading,
+    print_json,
+    some,
+    span,
+    table,
+)
 
 if TYPE_CHECKING:
     from lamina.stages.flatten import FlattenReport, ModuleReport
@@ -57,6 +66,7 @@ def flatten(  # noqa: PLR0913, PLR0917
     # It imports torch.
     from lamina.stages.flatten import flatten as put_together
 
+    hush_loading()
     report = put_together(
         directory,
         output,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.text import Text
 
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, facts, print_json, size
+from lamina.cli.terminal import console, facts, hush_loading, print_json, size
 
 if TYPE_CHECKING:
     from lamina.stages.merged import MergeReport, Verified
@@ -84,6 +84,7 @@ def merge(  # noqa: PLR0913, PLR0917
 
     from lamina.stages.merged import save_merged
 
+    hush_loading()
     with _progress(shown=not as_json) as told:
         report = save_merged(
             directory,

@@ -163,3 +163,10 @@ def hush_imports() -> None:
     """
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hush_loading() -> None:
+    """Keep the bars of Transformers' loading and saving off the terminal."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, facts, print_json
+from lamina.cli.terminal import console, facts, hush_loading, print_json
 
 if TYPE_CHECKING:
     from lamina.checkpoint.probe import ProbeComparison
@@ -65,11 +65,9 @@ def verify(
 
     Exit code 0: nothing is wrong. 1: something is. 2: the adapter or its base can't be read.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from lamina.stages.verify import verify as verified
 
-    disable_progress_bar()
+    hush_loading()
     report = verified(
         directory,
         base,
