@@ -268,6 +268,12 @@ def test_an_update_in_the_targets_alone(dtype: torch.dtype) -> None:
     )
 
 
+def test_an_update_larger_than_the_weights_where_others_vouch_for_the_base() -> None:
+    merged = moved(models.tiny_llama(), 1.0, "q_proj")
+    targets = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    assert told(models.tiny_llama(), merged, targets=targets).verdict == "merged"
+
+
 def test_an_update_in_files(tmp_path: Path) -> None:
     moved(models.tiny_gpt2(), TINY, "c_attn.weight").bfloat16().save_pretrained(tmp_path)
     targets = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]

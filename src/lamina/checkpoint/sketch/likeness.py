@@ -167,7 +167,7 @@ def _updated(found: Findings, base: str, over: Over) -> tuple[Verdict, str]:
     label = folded(found.dense, over.updates)
     if label:
         return "merged", f"is {base} with {label} folded in already: {where}"
-    if not words.related(found):
+    if not words.related(found) and not {*found.same} - {*found.flat}:
         # Where the adapter targets all there is, another model differs in its targets too.
         return "other", words.other(found, base)
     if label is None:
