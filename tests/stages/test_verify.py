@@ -428,6 +428,37 @@ def test_an_adapter_of_another_scale(runs: Path, tmp_path: Path, factor: float) 
     assert f"scaled by {factor:.3g}" in blamed(report, "adapter scaled")
 
 
+def _edited(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lora_alpha", 30, "v_proj: scaled by 3 by the config, by 1.5 on record"),
+        ("use_rslora", True, "by the config, by 1.5 on record"),
+        ("alpha_pattern", {}, "by the config, by 1.5 on record"),
+        ("rank_pattern", {}, "rank 10 by the config, 4 on record"),
+        ("r", 20, "v_proj: rank 20 by the config, 10 on record"),
+        ("target_modules", ["q_proj", "v_proj"], "o_proj: not in target_modules"),
+    ],
+)
+def test_a_config_that_was_edited_is_named_and_the_cure_mends_it(
+    name: str, value: Any, said: str, runs: Path, tmp_path: Path
+) -> None:
+    path = changed(runs / "chat", tmp_path / "chat", config=_edited(name, value))
+    report = verify(path, models.tiny_llama())
+    assert said in blamed(report, "changed config")
+    cure = report.causes[0].cure
+    before = config_of(runs / "chat")[name]
+    if name == "target_modules":
+        assert cure == "in adapter_config.json, add to target_modules 'o_proj'"
+    else:
+        assert cure == f"in adapter_config.json, set {name} to {json.dumps(before)}"
+    mended = changed(path, tmp_path / "mended", config=_edited(name, before))
+    assert verify(mended, models.tiny_llama()).proved
+
+
 def test_a_scale_that_nobody_would_guess(tmp_path: Path) -> None:
     report = verify(changed(demo_stage(tmp_path), tmp_path / "chat", times(1.37)))
     assert "scaled by 1.37" in blamed(report, "adapter scaled")

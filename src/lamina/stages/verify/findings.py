@@ -10,6 +10,7 @@ from lamina.stages.verify.report import Cause, Check, Kind
 _ORDER: tuple[Kind, ...] = (
     "damaged record",
     "incomplete file",
+    "changed config",
     "not finite",
     "base already merged",
     "another base",
@@ -30,6 +31,7 @@ _OF_WEIGHTS = {
     "adapter not applied",
     "other stages",
 }
+_OF_CONFIG: tuple[Kind, ...] = ("not loadable", "adapter scaled", "other stages", "unknown")
 
 
 @dataclass
@@ -67,6 +69,10 @@ class Findings:
         if first.keys() & _OF_WEIGHTS:
             # Then it is known what has been changed.
             first.pop("changed weights", None)
+        if "changed config" in first:
+            # Whatever comes out with it.
+            for kind in _OF_CONFIG:
+                first.pop(kind, None)
         if "base already merged" in first:
             first.pop("another base", None)
         return tuple(sorted(first.values(), key=lambda cause: _ORDER.index(cause.kind)))

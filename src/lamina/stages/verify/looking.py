@@ -9,6 +9,7 @@ from torch import nn
 from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.likeness import base_likeness, updates_in_file
 from lamina.stages.tokenizers import tokenizer_faults, tokenizer_remarks, with_tokenizer
+from lamina.stages.verify.configs import config_faults
 from lamina.stages.verify.contents import Contents
 from lamina.stages.verify.findings import Findings
 from lamina.stages.verify.report import Cause
@@ -20,6 +21,7 @@ _AGAIN = "copy or download the directory again, or save the stage again"
 def look_at_file(findings: Findings, contents: Contents) -> None:
     """What is in the file, against what its record says."""
     _look_at_record(findings, contents)
+    _look_at_config(findings, contents)
     count = len(contents.file.tensors)
     if contents.not_finite:
         names = _some(contents.not_finite)
@@ -75,6 +77,25 @@ def _look_at_record(findings: Findings, contents: Contents) -> None:
         stages = len(contents.record.stages)
         told = "1 stage" if stages == 1 else f"{stages} stages"
         findings.passed("record", f"{told}; every tensor that it names is there, and no other")
+
+
+def _look_at_config(findings: Findings, contents: Contents) -> None:
+    if not contents.whole:
+        return
+    found = config_faults(contents.file, contents.record)
+    for fault in found.faults[:_SHOWN]:
+        findings.failed("config", fault)
+    if found.faults:
+        more = len(found.faults) - 1
+        others = f", and {more} more" if more else ""
+        findings.blame(
+            Cause(
+                "changed config",
+                "adapter_config.json is not as it was saved, and contradicts the record: "
+                f"{found.faults[0]}{others}",
+                found.cure or _AGAIN,
+            )
+        )
 
 
 def look_at_tokenizer(findings: Findings, contents: Contents, tokenizer: Any) -> None:

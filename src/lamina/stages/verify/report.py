@@ -13,6 +13,7 @@ from lamina.errors import VerificationError
 Kind = Literal[
     "incomplete file",
     "damaged record",
+    "changed config",
     "not finite",
     "another base",
     "base already merged",
