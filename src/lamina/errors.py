@@ -148,6 +148,10 @@ class DataError(LaminaError, ValueError):
     """Training data can't be read, or isn't what a method learns from."""
 
 
+class RunError(LaminaError, RuntimeError):
+    """A run of a plan can't begin, or can't go on."""
+
+
 class ProbeError(LaminaError, RuntimeError):
     """A model that takes tokens can't be asked any, so that its answers can't be compared."""
 
