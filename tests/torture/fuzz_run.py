@@ -20,7 +20,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # A worker has limits of its own; this is for what its signals can't end.
-_SILENT_SECONDS = 120.0
+_SILENT_SECONDS = 300.0
 
 
 @dataclass
@@ -76,7 +76,9 @@ def run(numbers: Sequence[int], folder: Path, workers: int = 1) -> Result:
     corpus, place = folder / "corpus", folder / "mutants"
     corpus.mkdir()
     place.mkdir()
-    if _python(["-m", "tests.torture.fuzz_corpus", str(corpus)], folder).wait():
+    maker = _python(["-m", "tests.torture.fuzz_corpus", str(corpus)], folder)
+    maker.communicate()
+    if maker.returncode:
         raise RuntimeError(f"the corpus can't be made: {_said(folder)}")
     shares = [list(numbers[start::workers]) for start in range(workers)]
     result = Result()
@@ -103,7 +105,7 @@ def _read_all(numbers: list[int], corpus: Path, place: Path, folder: Path) -> Re
                 result.add(told)
                 done += 1
         worker.kill()
-        worker.wait()
+        worker.communicate()
         said = _said(folder)
         if done == len(numbers):
             break
