@@ -370,6 +370,13 @@ def test_rows_that_the_adapter_brings_itself() -> None:
     assert told(recorded, here, rows=own).verdict == "same"
 
 
+def test_rows_that_the_adapter_brings_itself_are_not_missed() -> None:
+    own = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), range(64, 72))
+    assert told(resized(72), models.tiny_llama(), rows=own).verdict == "same"
+    most = dict.fromkeys(own, range(64, 71))
+    assert told(resized(72), models.tiny_llama(), rows=most).verdict == "resized"
+
+
 def test_resized_and_changed_is_not_only_resized() -> None:
     likeness = told(models.tiny_llama(), moved(resized(72), TINY, "layers.0"))
     assert likeness.verdict == "other"

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from lamina import LoraConfig, get_peft_model, load
+from lamina import LoraConfig, begin_stage, get_peft_model, load, save_stage
 from lamina.checkpoint.probe import Outputs, ask
 from lamina.errors import CheckpointError
 from lamina.stages.merged import save_merged
 from tests import adapters, models
+from tests.stages.chains import fill_trainable
 
 
 def saved(base: Any, directory: Path, **config: Any) -> tuple[Path, Path]:
@@ -55,6 +57,27 @@ def test_an_encoder_decoder_is_compared_too(tmp_path: Path) -> None:
     assert report.max_logit_difference < 1e-4
     assert report.max_logit is not None
     assert report.max_logit > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_stage_with_new_tokens_is_merged_into_the_smaller_base(
+    streaming: bool, tied: bool, tmp_path: Path
+) -> None:
+    models.tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rows = list(range(models.VOCABULARY, models.VOCABULARY + 4))
+    base.resize_token_embeddings(rows[-1] + 1, mean_resizing=False)
+    tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=dict.fromkeys(tables, rows)
+    )
+    model = begin_stage(base, name="sft", config=config)
+    fill_trainable(model)
+    save_stage(model, tmp_path / "sft")
+    save_merged(tmp_path / "sft", tmp_path / "out", streaming=streaming)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (adapters.logits(merged) - adapters.logits(model.eval())).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("streaming", [True, False])

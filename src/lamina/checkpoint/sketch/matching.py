@@ -194,7 +194,8 @@ def _comparable(
         if len(there) != len(here) or not there or there[1:] != here[1:]:
             found.reshaped.append(sample.name)
             return None
-        found.rows[sample.name] = (there[0], here[0])
+        if not _brought(there[0], here[0], own_rows):
+            found.rows[sample.name] = (there[0], here[0])
     if sample.positions is None:
         return np.zeros(1, np.bool_)
     kept: NDArray[np.bool_] = sample.positions < math.prod(here)
@@ -202,6 +203,12 @@ def _comparable(
         row = sample.positions // max(1, math.prod(there[1:]))
         kept &= ~np.isin(row, list(own_rows))
     return kept
+
+
+def _brought(there: int, here: int, own_rows: Collection[int]) -> bool:
+    """Whether the adapter itself brings all rows that are on record, and not here."""
+    # A record may claim any number of rows.
+    return 0 < there - here <= len(own_rows) and {*range(here, there)} <= {*own_rows}
 
 
 def _compare(
