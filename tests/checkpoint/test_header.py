@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamina.checkpoint.header import data_start, read_header
+from lamina.checkpoint.weights import WeightsOnDisk
 from lamina.errors import CheckpointError, MissingFileError
 
 
@@ -162,3 +163,12 @@ def test_faults_are_not_as_long_as_the_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="and 994 more") as caught:
         read_header(write(tmp_path / "x", json.dumps(header).encode()))
     assert len(str(caught.value)) < 5_000
+
+
+def test_a_model_with_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        save_file({"a": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"are in 'two\.safetensors' and in another file"):
+        WeightsOnDisk(tmp_path)

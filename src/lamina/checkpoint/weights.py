@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from lamina.checkpoint.header import read_header
 from lamina.errors import CheckpointError, MissingFileError
 from lamina.storage.shards import shard_names
 
@@ -31,14 +32,15 @@ class WeightsOnDisk(Mapping[str, torch.Tensor]):
         self.directory = Path(directory).expanduser()
         self._files: dict[str, Path] = {}
         for path in self._shards():
-            try:
-                with safe_open(path, framework="pt") as opened:
-                    self._files.update(dict.fromkeys(opened.keys(), path))
-            except (SafetensorError, OSError) as error:
+            header, _ = read_header(path)
+            twice = sorted(header.keys() & self._files.keys())
+            if twice:
                 raise CheckpointError(
-                    f"{path} can't be read as safetensors: {error}",
-                    cure="save or download the model again; the file is incomplete or damaged",
-                ) from error
+                    f"{len(twice)} tensor(s) are in '{path.name}' and in another file.",
+                    faults=twice[:8],
+                    cure="save or download the model again; the files contradict each other",
+                )
+            self._files.update(dict.fromkeys(header, path))
 
     def _shards(self) -> list[Path]:
         single, index = self.directory / _SINGLE, self.directory / _INDEX
