@@ -96,6 +96,42 @@ def test_rows_that_are_not_in_the_file_are_asked_for(tmp_path: Path) -> None:
     assert lamina.PeftModel.from_pretrained(resized(), tmp_path)
 
 
+def staged(path: Path, **config: Any) -> Tensor:
+    """Save a stage over a tied base of six more rows; returns what it answers."""
+    base = resized(tie_word_embeddings=True)
+    model = lamina.begin_stage(base, name="one", config=llama_config(**config))
+    fill(model, "one")
+    lamina.save_stage(model, path)
+    return answer(model.eval())
+
+
+def test_a_tied_head_keeps_its_own_rows_where_the_embedding_is_trained_whole(
+    tmp_path: Path,
+) -> None:
+    wanted = staged(tmp_path, modules_to_save=["embed_tokens"])
+    with pytest.raises(CheckpointError) as caught:
+        lamina.load(tmp_path, models.tiny_llama(tie_word_embeddings=True))
+    assert caught.value.faults == ("lm_head: 6 of the 6 new rows are not in the file",)
+    opened = lamina.load(tmp_path, resized(tie_word_embeddings=True))
+    torch.testing.assert_close(answer(opened), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": NEW},
+    ],
+)
+def test_a_tied_head_is_in_the_file_where_it_is_trained_too(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    wanted = staged(tmp_path, **config)
+    opened = lamina.load(tmp_path, models.tiny_llama(tie_word_embeddings=True))
+    torch.testing.assert_close(answer(opened), wanted, rtol=0, atol=1e-6)
+
+
 def test_the_base_gets_its_own_size_back_if_loading_fails(tmp_path: Path) -> None:
     saved(tmp_path, resized(), trainable_token_indices=BOTH)
     base = models.tiny_llama(hidden_size=16)

@@ -116,14 +116,35 @@ def _concerns(model: nn.Module, file: AdapterFile) -> bool:
     return any(rows is None or rows for rows in found)
 
 
-def _check_covered(model: nn.Module, file: AdapterFile, new: range) -> None:
-    faults, lacking = [], {}
+def _lacking(model: nn.Module, file: AdapterFile, new: range) -> dict[str, int]:
+    """Plain name of a table -> how many of the new rows the file doesn't have for it."""
+    lacking = {}
     for position, name in enumerate(_tables(model)):
         rows = _rows_in(file, name, position == 0)
         missing = set() if rows is None else set(new) - rows
         if missing:
-            lacking[name] = missing
-            faults.append(f"{name}: {len(missing)} of the {len(new)} new rows are not in the file")
+            lacking[name] = len(missing)
+        # Trained whole, the embedding is a copy: a head that was tied to it keeps the base's.
+        head = _tied_head(model) if position == 0 and rows is None else None
+        if head and not file.config.ensure_weight_tying and _rows_in(file, head, False) is not None:
+            lacking[head] = len(new)
+    return lacking
+
+
+def _tied_head(model: nn.Module) -> str | None:
+    """The plain name of the head that shares the embedding's weight."""
+    first, last = _table(model, "get_input_embeddings"), _table(model, "get_output_embeddings")
+    if last is None or last is first or getattr(first, "weight", None) is not last.weight:
+        return None
+    return next((place.name for place in places(model) if place.module is last), None)
+
+
+def _check_covered(model: nn.Module, file: AdapterFile, new: range) -> None:
+    lacking = _lacking(model, file, new)
+    faults = [
+        f"{name}: {count} of the {len(new)} new rows are not in the file"
+        for name, count in lacking.items()
+    ]
     if faults:
         raise CheckpointError(
             f"{file.source} was trained with a vocabulary of {new.stop}; this has {new.start}.",
