@@ -1,7 +1,7 @@
-"""Write the figures of the demo and of the benchmarks into README.md, between their markers.
+"""Write measured figures into README.md and docs/trust.md, between their markers.
 
-They are read from runs/demo/results.json, runs/demo/demo.txt and docs/benchmark.json; what isn't
-there leaves its part of the README as it is.
+They are read from runs/demo/results.json, runs/demo/demo.txt, docs/benchmark.json and
+docs/streaming_merge.json; what isn't there leaves its part as it is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,22 @@ def bench_section(benchmark: dict[str, Any]) -> str:
     return "\n".join([*map(_row, rows), "", f"Medians; {told}."])
 
 
+def streaming_section(measured: dict[str, Any]) -> str:
+    """Copying, streaming and merging in memory, of one checkpoint."""
+    rows = [["", "seconds", "MB/s", "peak resident MB"], ["---", "---:", "---:", "---:"]]
+    for name, row in measured["rows"].items():
+        peak = f"{row['peak'] / 1e6:,.0f}" if "peak" in row else ""
+        speed = f"{row['megabytes_per_second']:,.0f}"
+        rows.append([name, f"{row['seconds']:.1f}", speed, peak])
+    told = (
+        f"A checkpoint of {measured['checkpoint_bytes'] / 1e9:.2f} GB in {measured['shards']} "
+        f"shards, rank {measured['rank']} on all linear layers: {measured['same_tensors']} of "
+        f"{measured['tensors']} tensors have the same bits both ways. cpus {measured['cpus']}, "
+        f"torch {measured['torch']}."
+    )
+    return "\n".join([*map(_row, rows), "", told])
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
@@ -76,10 +92,16 @@ def update(root: Path) -> list[str]:
         text = put_between(text, "bench", section)
         done.append("bench")
     readme.write_text(text, encoding="utf-8")
+    streaming, trust = root / "docs" / "streaming_merge.json", root / "docs" / "trust.md"
+    if streaming.is_file():
+        section = streaming_section(json.loads(streaming.read_text(encoding="utf-8")))
+        text = put_between(trust.read_text(encoding="utf-8"), "streaming", section)
+        trust.write_text(text, encoding="utf-8")
+        done.append("streaming")
     return done
 
 
 if __name__ == "__main__":
     renewed = update(ROOT)
-    print(f"README.md: {', '.join(renewed) or 'nothing measured yet'}")
+    print(f"README.md, docs/trust.md: {', '.join(renewed) or 'nothing measured yet'}")
     sys.exit(not renewed)

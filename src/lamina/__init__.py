@@ -119,6 +119,7 @@ if TYPE_CHECKING:
         VerifyReport,
         begin_stage,
         check_export,
+        diff,
         drop_last_stage,
         export,
         flatten,
@@ -208,6 +209,7 @@ __all__ = [
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
+    "diff",
     "drop_last_stage",
     "examine",
     "export",
@@ -273,6 +275,7 @@ _ELSEWHERE = {
     "lamina.stages": {
         "begin_stage",
         "check_export",
+        "diff",
         "drop_last_stage",
         "export",
         "flatten",

@@ -57,6 +57,32 @@ def test_figures_get_between_the_markers_twice_the_same(tmp_path: Path) -> None:
     assert readme.read_text() == text
 
 
+def test_what_streaming_took_gets_into_its_guide(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs").mkdir()
+    guide = tmp_path / "docs" / "trust.md"
+    guide.write_text("<!-- streaming:begin -->\n<!-- streaming:end -->\n")
+    measured = {
+        "checkpoint_bytes": 3_970_000_000,
+        "shards": 5,
+        "rank": 16,
+        "tensors": 219,
+        "same_tensors": 219,
+        "cpus": 2,
+        "torch": "2.13",
+        "rows": {
+            "copy": {"seconds": 5.6, "megabytes_per_second": 708.2},
+            "stream": {"seconds": 12.25, "megabytes_per_second": 324.0, "peak": 621_740_032},
+        },
+    }
+    (tmp_path / "docs" / "streaming_merge.json").write_text(json.dumps(measured))
+    assert update(tmp_path) == ["streaming"]
+    text = guide.read_text()
+    assert "| copy | 5.6 | 708 |  |" in text
+    assert "| stream | 12.2 | 324 | 622 |" in text
+    assert "219 of 219 tensors" in text
+
+
 def test_nothing_measured_leaves_the_readme_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README)
     assert update(tmp_path) == []

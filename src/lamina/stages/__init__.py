@@ -1,6 +1,7 @@
 """Stages: begin one on top of another, save it as one laminated adapter; load and verify it."""
 
 from lamina.stages.begin import begin_stage
+from lamina.stages.diff import diff
 from lamina.stages.edit import drop_last_stage, rename_stage
 from lamina.stages.export import check_export, export
 from lamina.stages.flatten import flatten
@@ -14,6 +15,7 @@ __all__ = [
     "VerifyReport",
     "begin_stage",
     "check_export",
+    "diff",
     "drop_last_stage",
     "export",
     "flatten",
