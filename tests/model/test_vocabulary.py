@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import lamina
-from lamina.errors import CheckpointError, KeyMismatchError
+from lamina.errors import CheckpointError, KeyMismatchError, MismatchWarning
 from tests import models
 from tests.adapters import WEIGHTS, fill, flags, llama_config, same, weights
 
@@ -114,6 +115,33 @@ def test_a_tied_head_keeps_its_own_rows_where_the_embedding_is_trained_whole(
     assert caught.value.faults == ("lm_head: 6 of the 6 new rows are not in the file",)
     opened = lamina.load(tmp_path, resized(tie_word_embeddings=True))
     torch.testing.assert_close(answer(opened), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tied", "config", "lacking"),
+    [
+        (False, {}, ("model.embed_tokens", "lm_head")),
+        (False, {"trainable_token_indices": NEW}, ("lm_head",)),
+        (True, {"modules_to_save": ["embed_tokens"]}, ("lm_head",)),
+        (False, {"trainable_token_indices": BOTH}, ()),
+        (True, {"trainable_token_indices": NEW}, ()),
+    ],
+)
+def test_saving_tells_of_new_rows_that_are_not_in_the_file(
+    tied: bool, config: dict[str, Any], lacking: tuple[str, ...], tmp_path: Path
+) -> None:
+    models.tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(NEW[-1] + 1, mean_resizing=False)
+    model = lamina.begin_stage(base, name="one", config=llama_config(**config))
+    fill(model, "one")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lamina.save_stage(model, tmp_path / "one")
+    told = [str(each.message) for each in caught if each.category is MismatchWarning]
+    assert len(told) == len(lacking)
+    for name, message in zip(lacking, told, strict=True):
+        assert f"{name}: 6 of the 6 rows by which the base was resized" in message
 
 
 @pytest.mark.parametrize(

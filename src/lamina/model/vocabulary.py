@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.origin import PREFIX, plain_key
 from lamina.checkpoint.record import read_record
 from lamina.config import LoraConfig
-from lamina.engine.names import places, suffixes
+from lamina.engine.names import places, suffixes, unadapted
 from lamina.errors import CheckpointError, RecordError
 
 KEY = "lamina_vocabulary"
@@ -73,7 +74,7 @@ def _table(model: nn.Module, getter: str) -> nn.Module | None:
         found = get() if callable(get) else None
     except NotImplementedError:
         return None
-    return found if isinstance(found, nn.Module) else None
+    return unadapted(found) if isinstance(found, nn.Module) else None
 
 
 def _tables(model: nn.Module) -> dict[str, nn.Module]:
@@ -84,7 +85,7 @@ def _tables(model: nn.Module) -> dict[str, nn.Module]:
     tied = getattr(first, "weight", None) is getattr(last, "weight", None)
     for table in (first,) if tied else (first, last):
         for place in places(model):
-            if table is not None and place.module is table:
+            if table is not None and place.original is table:
                 found[place.name] = table
     return found
 
@@ -116,6 +117,37 @@ def _concerns(model: nn.Module, file: AdapterFile) -> bool:
     return any(rows is None or rows for rows in found)
 
 
+def unsaved_rows(model: nn.Module, file: AdapterFile) -> list[str]:
+    """New rows of a resized base, adapted by now, that its adapter's file doesn't have.
+
+    Nothing is told of a base whose own config isn't on this disk.
+    """
+    before, now = _rows_on_disk(model), _rows(model)
+    if before is None or now is None or now <= before:
+        return []
+    return [
+        f"{name}: {count} of the {now - before} rows by which the base was resized"
+        for name, count in _lacking(model, file, range(before, now)).items()
+    ]
+
+
+def _rows_on_disk(model: nn.Module) -> int | None:
+    """The size of the vocabulary that the base's directory, or its copy in the cache, tells."""
+    from transformers.utils.hub import cached_file
+
+    name = getattr(model, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    try:
+        found = cached_file(name, "config.json", local_files_only=True)
+        settings = json.loads(Path(str(found)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    text = settings.get("text_config") if isinstance(settings, dict) else None
+    size = (text if isinstance(text, dict) else settings).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def _lacking(model: nn.Module, file: AdapterFile, new: range) -> dict[str, int]:
     """Plain name of a table -> how many of the new rows the file doesn't have for it."""
     lacking = {}
@@ -136,7 +168,7 @@ def _tied_head(model: nn.Module) -> str | None:
     first, last = _table(model, "get_input_embeddings"), _table(model, "get_output_embeddings")
     if last is None or last is first or getattr(first, "weight", None) is not last.weight:
         return None
-    return next((place.name for place in places(model) if place.module is last), None)
+    return next((place.name for place in places(model) if place.original is last), None)
 
 
 def _check_covered(model: nn.Module, file: AdapterFile, new: range) -> None:

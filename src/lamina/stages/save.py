@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from pydantic_core import to_jsonable_python
 
-from lamina.checkpoint.adapter import write_adapter
+from lamina.checkpoint.adapter import AdapterFile, write_adapter
 from lamina.checkpoint.digest import tensors_digest
 from lamina.checkpoint.keys import slots
 from lamina.checkpoint.origin import LEAVES, PREFIX
@@ -28,9 +28,10 @@ from lamina.engine.flat_config import flat_config
 from lamina.engine.layers import LayerAdapter
 from lamina.engine.layers.linear import store_in_by_out
 from lamina.engine.names import adapted_layers
-from lamina.errors import ProbeWarning, StageError
+from lamina.errors import MismatchWarning, ProbeWarning, StageError
 from lamina.model import PeftModel
 from lamina.model.tasks import base_class
+from lamina.model.vocabulary import unsaved_rows
 from lamina.stages.context import StageContext, context_of
 from lamina.stages.lamination import Part, put_together, to_tensors
 from lamina.stages.likeness import tell
@@ -117,9 +118,22 @@ def save_stage(
     record = _proved(record, asked, tensors)
     with atomic_directory(path) as staging:
         write_adapter(staging, config, tensors, record.to_metadata())
+    saved_file = AdapterFile(str(path), config, tensors, {})
+    for fault in unsaved_rows(model.get_base_model(), saved_file):
+        _warn_of_rows(path, fault)
     if failure is not None:
         warnings.warn(f"{path} is saved without a probe: {failure}", ProbeWarning, stacklevel=2)
     return record
+
+
+def _warn_of_rows(path: str | Path, fault: str) -> None:
+    warnings.warn(
+        f"{path} is saved without values that it needs: {fault}. Nobody can load it but on this "
+        "very base: train them by trainable_token_indices, which puts them into the file, or save "
+        "the resized base and train on that.",
+        MismatchWarning,
+        stacklevel=3,
+    )
 
 
 def _proved(
