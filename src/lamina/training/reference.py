@@ -63,7 +63,7 @@ class Reference(nn.Module):
         with _evaluating(self.model), _switched(self.model, self.adapters):
             yield self.model
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The model's, with the names of the adapters: two references are never taken for one."""
         named = hashlib.sha256(repr(self.adapters).encode()).digest()
         state = dict(self.model.state_dict(*args, **kwargs))

@@ -1,0 +1,54 @@
+"""How far a checkpoint is, as its trainer noted it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FILE = "trainer_state.json"
+_STOPPING = "EarlyStoppingCallback"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says of the training that it is of.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: of all.
+        history: the entries of the log.
+        best: the checkpoint with the best evaluation, where one is looked for.
+        waited: evaluations without a better loss.
+    """
+
+    step: int = 0
+    steps: int = 0
+    history: tuple[dict[str, Any], ...] = ()
+    best: Path | None = None
+    waited: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Path | None) -> Progress:
+        """Of a whole checkpoint; nothing of none."""
+        if checkpoint is None:
+            return cls()
+        told = json.loads((checkpoint / _FILE).read_text())
+        stopping = told.get("stateful_callbacks", {}).get(_STOPPING, {})
+        stopping = stopping[-1] if isinstance(stopping, list) else stopping
+        best = told.get("best_model_checkpoint")
+        return cls(
+            step=told["global_step"],
+            steps=told["max_steps"],
+            history=tuple(told["log_history"]),
+            # The run may have been moved; its checkpoints lie beside one another.
+            best=checkpoint.parent / Path(best).name if best else None,
+            waited=stopping.get("attributes", {}).get("early_stopping_patience_counter", 0),
+        )
+
+    def is_done(self, patience: int | None) -> bool:
+        """Whether no step is left: a trainer that goes on from here would make one too many."""
+        return bool(self.step) and (
+            self.step >= self.steps or (patience is not None and self.waited >= patience)
+        )
