@@ -91,12 +91,20 @@ def tokenizer_remarks(recorded: Base | None, tokenizer: Any) -> list[str]:
     added = _size(_vocabulary(tokenizer)) - recorded.tokenizer_size
     if added > 0:
         remarks.append(f"the tokenizer has {added:,} token(s) that it was not trained with")
+    template = template_remark(recorded, tokenizer)
+    return [*remarks, template] if template else remarks
+
+
+def template_remark(recorded: Base | None, tokenizer: Any) -> str | None:
+    """How its chat template differs; None if it doesn't, or if none can be told."""
+    if recorded is None or tokenizer is None or recorded.tokenizer_size is None:
+        return None
     before, now = recorded.chat_template, _template_digest(tokenizer)
-    if before != now:
-        words = {
-            (True, True): "another chat template than the one that it was trained with",
-            (False, True): "a chat template, and the one that it was trained with had none",
-            (True, False): "no chat template, and the one that it was trained with had one",
-        }
-        remarks.append(f"the tokenizer has {words[before is not None, now is not None]}")
-    return remarks
+    if before == now:
+        return None
+    words = {
+        (True, True): "another chat template than the one that it was trained with",
+        (False, True): "a chat template, and the one that it was trained with had none",
+        (True, False): "no chat template, and the one that it was trained with had one",
+    }
+    return f"the tokenizer has {words[before is not None, now is not None]}"

@@ -19,6 +19,7 @@ _ORDER: tuple[Kind, ...] = (
     "other stages",
     "not loadable",
     "another tokenizer",
+    "another chat template",
     "quantisation",
     "dtype",
     "changed weights",

@@ -8,7 +8,12 @@ from torch import nn
 
 from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.likeness import base_likeness, updates_in_file
-from lamina.stages.tokenizers import tokenizer_faults, tokenizer_remarks, with_tokenizer
+from lamina.stages.tokenizers import (
+    template_remark,
+    tokenizer_faults,
+    tokenizer_remarks,
+    with_tokenizer,
+)
 from lamina.stages.verify.configs import config_faults
 from lamina.stages.verify.contents import Contents
 from lamina.stages.verify.findings import Findings
@@ -98,8 +103,18 @@ def _look_at_config(findings: Findings, contents: Contents) -> None:
         )
 
 
-def look_at_tokenizer(findings: Findings, contents: Contents, tokenizer: Any) -> None:
-    """Whether the tokenizer has the vocabulary of the one that the stage was trained with."""
+def look_at_tokenizer(
+    findings: Findings, contents: Contents, tokenizer: Any, *, own: bool = True
+) -> None:
+    """Whether the tokenizer has the vocabulary and template of the one it was trained with.
+
+    Args:
+        findings: gets the checks and causes.
+        contents: the adapter's file.
+        tokenizer: the tokenizer, if there is one.
+        own: whether it is meant for the adapter. That of the base is there for want of another:
+            a template is often set in training, and not in the base.
+    """
     recorded = with_tokenizer(contents.record)
     if recorded is None:
         findings.unchecked("tokenizer", "none is on record; save_stage(..., tokenizer=) records it")
@@ -121,7 +136,20 @@ def look_at_tokenizer(findings: Findings, contents: Contents, tokenizer: Any) ->
         )
     if not faults:
         findings.passed("tokenizer", "has the vocabulary on record")
-    findings.notes += tokenizer_remarks(recorded, tokenizer)
+    template = template_remark(recorded, tokenizer)
+    findings.notes += [
+        remark for remark in tokenizer_remarks(recorded, tokenizer) if remark != template or not own
+    ]
+    if template and own and not faults:
+        findings.failed("chat template", template)
+        findings.blame(
+            Cause(
+                "another chat template",
+                f"{template}, so that the same messages become other tokens",
+                "give the tokenizer that it was trained with: --tokenizer DIR; "
+                "tokenizer.save_pretrained(DIR) puts it beside the adapter",
+            )
+        )
 
 
 def look_at_base(findings: Findings, contents: Contents, base: nn.Module) -> None:

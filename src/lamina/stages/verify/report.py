@@ -22,6 +22,7 @@ Kind = Literal[
     "other stages",
     "changed weights",
     "another tokenizer",
+    "another chat template",
     "quantisation",
     "dtype",
     "not loadable",

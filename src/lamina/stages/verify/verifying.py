@@ -71,7 +71,9 @@ def verify(
     name = str(getattr(opened, "name_or_path", "") or "")
     findings = Findings()
     look_at_file(findings, contents)
-    look_at_tokenizer(findings, contents, open_tokenizer(tokenizer, [contents.file.source, name]))
+    found = open_tokenizer(tokenizer, [contents.file.source, name])
+    beside = str(getattr(found, "name_or_path", "")) == contents.file.source
+    look_at_tokenizer(findings, contents, found, own=tokenizer is not None or beside)
     judgement = _lay_over(findings, contents, opened)
     return _report(findings, contents, judgement, name)
 
