@@ -598,12 +598,30 @@ def test_the_tokenizer_that_lies_with_adapter_or_base_is_looked_at(
     blamed(verify(tmp_path / "chat", str(tmp_path / "base")), "another tokenizer")
 
 
-def test_another_chat_template_is_noted(runs: Path) -> None:
+def test_another_chat_template(runs: Path, tmp_path: Path) -> None:
     tokenizer = words()
     tokenizer.chat_template = "{{ messages }}"
     report = verify(runs / "chat", models.tiny_llama(), tokenizer=tokenizer)
-    assert report.proved
-    assert any("chat template" in note for note in report.notes)
+    assert "a chat template, and the one that" in blamed(report, "another chat template")
+    # The tokenizer that lies with the adapter counts, too, and that of the base for want of one.
+    shutil.copytree(runs / "chat", tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    blamed(verify(tmp_path / "chat", models.tiny_llama()), "another chat template")
+    models.tiny_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    of_base = verify(runs / "chat", str(tmp_path / "base"))
+    assert of_base.proved
+    assert any("chat template" in note for note in of_base.notes)
+
+
+def test_a_base_whose_values_were_rounded_is_told_and_the_cure_helps(
+    runs: Path, tmp_path: Path
+) -> None:
+    models.tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    report = verify(runs / "chat", str(tmp_path / "base"))
+    assert "rounded to bfloat16" in blamed(report, "dtype")
+    assert "--dtype bfloat16" in report.causes[0].cure
+    assert verify(runs / "chat", str(tmp_path / "base"), dtype="bfloat16").proved
 
 
 # --- without a record ---------------------------------------------------------------------------

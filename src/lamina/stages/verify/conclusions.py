@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from importlib.metadata import PackageNotFoundError, version
 
+from torch import nn
+
 from lamina.checkpoint.probe import ProbeComparison
 from lamina.checkpoint.record import Probe, StageRecord
 from lamina.model import PeftModel
@@ -18,6 +20,7 @@ from lamina.stages.verify.experiments import (
 from lamina.stages.verify.findings import Findings
 from lamina.stages.verify.replay import Answered, Judgement, judge
 from lamina.stages.verify.report import Cause
+from lamina.stages.verify.rounding import rounded_to
 
 _AS_RECORDED = "load the base as on record: lamina verify does so unless told otherwise"
 
@@ -46,7 +49,8 @@ def conclude(
     _tell(findings, judgement)
     if judgement.passed:
         return judgement
-    if not _blame_base(findings, record, probe, answered, judgement) and model is not None:
+    root = None if model is None else model.get_base_model()
+    if not _blame_base(findings, record, probe, answered, judgement, root) and model is not None:
         replayed = Replayed(model, adapter, contents, probe, answered, judgement)
         findings.blame(*find_causes(replayed))
     if contents.scale not in (None, 1.0):
@@ -110,6 +114,7 @@ def _blame_base(
     probe: Probe,
     answered: Answered,
     judgement: Judgement,
+    root: nn.Module | None,
 ) -> bool:
     """Whether the base is at fault; then says how."""
     blamed = findings.blames("another base", "base already merged")
@@ -119,7 +124,7 @@ def _blame_base(
     if merged is not None:
         findings.blame(merged)
     elif not blamed and judgement.base is not None:
-        findings.blame(_other_base(findings, record, probe, answered, judgement.base))
+        findings.blame(_other_base(findings, record, probe, answered, judgement.base, root))
     return blamed or not judgement.base_passed or merged is not None
 
 
@@ -129,6 +134,7 @@ def _other_base(
     probe: Probe,
     answered: Answered,
     comparison: ProbeComparison,
+    root: nn.Module | None,
 ) -> Cause:
     """Why a base answers otherwise, of which the weights tell nothing."""
     base, recorded = answered.base, record.newest.base
@@ -136,6 +142,9 @@ def _other_base(
         return _quantised_otherwise(probe, base.quantization, comparison)
     same = any(check.name == "base" and check.verdict == "passed" for check in findings.checks)
     if recorded.sketch is not None and same:
+        coarse = None if root is None else rounded_to(root)
+        if coarse is not None:
+            return _rounded(recorded.dtype, coarse)
         return Cause(
             "unknown",
             "the base has the recorded weights, as far as they are sampled, but answers otherwise "
@@ -147,6 +156,16 @@ def _other_base(
         "this base is not the one that the stage was trained on: alone, it answers otherwise "
         f"({figures(comparison)})",
         f"give the base that the stage was trained on: --base {recorded.name_or_path or 'DIR'}",
+    )
+
+
+def _rounded(recorded: str | None, coarse: str) -> Cause:
+    return Cause(
+        "dtype",
+        f"this base has the recorded weights rounded to {coarse}; they were {recorded} when the "
+        "stage was saved",
+        f"give the base as it was, in {recorded}; or judge by what {coarse} explains: "
+        f"--dtype {coarse}",
     )
 
 
