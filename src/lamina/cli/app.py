@@ -22,9 +22,11 @@ from lamina.cli.init import init
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
 from lamina.cli.merge import merge
+from lamina.cli.preview import preview
 from lamina.cli.split import split
 from lamina.cli.targets import targets
 from lamina.cli.terminal import hush_imports, print_error, shown_warnings
+from lamina.cli.validate import validate
 from lamina.cli.verify import verify
 from lamina.errors import LaminaError
 
@@ -78,6 +80,8 @@ def _root(
 for _verb in (
     demo,
     init,
+    validate,
+    preview,
     inspect,
     doctor,
     verify,

@@ -107,6 +107,8 @@ def _placed(document: Document, where: Where, what: str) -> tuple[int, str]:
         return 0, f"command line: {where[0]} {what}"
     if any(where[:end] in document.overridden for end in range(1, len(where) + 1)):
         return 0, f"command line: {name}: {what}"
+    if not document.lines:
+        return 0, f"{name + ': ' if name else ''}{what}"
     line = document.line_of(where) or 1
     return line, f"line {line}: {name + ': ' if name else ''}{what}"
 

@@ -1,0 +1,120 @@
+"""Whether the base of a plan is there: its config, weights and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lamina.checkpoint.structure import empty_model
+from lamina.engine.targets import find_all_linear_names
+from lamina.errors import LaminaError, nearest
+from lamina.storage.shards import weight_map
+from lamina.training.plan import Plan
+from lamina.training.plan.document import Fault
+from lamina.training.run.base import load_tokenizer
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base without its weights.
+
+    Attributes:
+        model: on the meta device.
+        config: of its text part.
+        linear: entries of the weights that "all-linear" means, which a quantiser packs.
+        parameters: entries of all weights.
+        quantised: the method that its config says its weights are quantised by.
+        tokenizer: None if it can't be loaded.
+    """
+
+    model: nn.Module
+    config: Any
+    linear: int
+    parameters: int
+    quantised: str | None
+    tokenizer: Any
+
+    def matching(self, names: list[str]) -> int:
+        """Entries of all parameters in modules by these names or ends of names."""
+        hit: dict[int, int] = {}
+        for path, module in self.model.named_modules():
+            if any(path == name or path.endswith(f".{name}") for name in names):
+                hit |= {id(each): each.numel() for each in module.parameters()}
+        return sum(hit.values())
+
+
+def open_base(plan: Plan, root: Path) -> tuple[Base | None, list[Fault]]:
+    """Look at the base and its tokenizer; nothing is loaded but the config and the tokenizer."""
+    faults: list[Fault] = []
+    tokenizer = None
+    where = "tokenizer_name_or_path" if plan.tokenizer_name_or_path else "model_name_or_path"
+    try:
+        tokenizer = load_tokenizer(plan, root)
+    except LaminaError as error:
+        faults.append(((where,), error.what))
+    try:
+        model = empty_model(
+            plan.model_name_or_path,
+            revision=plan.model_revision,
+            trust_remote_code=plan.trust_remote_code,
+        )
+    except LaminaError as error:
+        # Without a base there is no tokenizer either; that is one fault.
+        kept = faults if plan.tokenizer_name_or_path else []
+        told = f"{error.what}{_nearest(plan.model_name_or_path)}"
+        return None, [(("model_name_or_path",), told), *kept]
+    faults += [(("model_name_or_path",), told) for told in _without_weights(plan)]
+    return _described(model, tokenizer), faults
+
+
+def _described(model: Any, tokenizer: Any) -> Base:
+    names = set(find_all_linear_names(model))
+    linear = sum(
+        each.weight.numel()
+        for path, each in model.named_modules()
+        if path.rpartition(".")[2] in names and hasattr(each, "weight")
+    )
+    quantisation = getattr(model.config, "quantization_config", None)
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    return Base(
+        model=model,
+        config=model.config.get_text_config(),
+        linear=linear,
+        parameters=sum(each.numel() for each in model.parameters()),
+        quantised=None if quantisation is None else str(method or "quantised"),
+        tokenizer=tokenizer,
+    )
+
+
+def _nearest(name: str) -> str:
+    """What lies near a name that isn't there, if it is a path."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    models = [each.parent.name for each in path.parent.glob("*/config.json")]
+    close = nearest(path.name, models)
+    return f"; did you mean '{path.parent / close[0]}'?" if close else ""
+
+
+def _without_weights(plan: Plan) -> Iterator[str]:
+    folder = Path(plan.model_name_or_path).expanduser()
+    if not folder.is_dir():
+        return
+    if (folder / _INDEX).is_file():
+        try:
+            shards = set(weight_map(folder / _INDEX).values())
+        except LaminaError as error:
+            yield error.what
+            return
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            yield f"{len(missing)} of its {len(shards)} files of weights aren't there: {missing[0]}"
+    elif not any((folder / name).is_file() for name in _WEIGHTS):
+        yield f"'{folder}' has no weights: {_WEIGHTS[0]} is not there"
