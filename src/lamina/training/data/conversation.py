@@ -41,7 +41,7 @@ def messages_in(value: Any, column: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise BrokenRow(f"{column} is {_kind(value)}, and no list of messages")
+        raise _other(column, value, "list of messages")
     if not value:
         raise BrokenRow(f"{column} is empty")
     return [_message(each, f"message {number} of {column}") for number, each in enumerate(value, 1)]
@@ -52,7 +52,7 @@ def with_system(messages: list[Message], system: Any) -> list[Message]:
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
-        raise BrokenRow(f"system is {_kind(system)}, and no text")
+        raise _other("system", system, "text")
     first = messages[0]
     if first["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
@@ -68,7 +68,7 @@ def text_in(value: Any, column: str) -> str:
         BrokenRow: there is none, or nothing but spaces.
     """
     if not isinstance(value, str):
-        raise BrokenRow(f"{column} is {_kind(value)}, and no text")
+        raise _other(column, value, "text")
     if not value.strip():
         raise BrokenRow(f"{column} is empty")
     return value
@@ -124,9 +124,15 @@ def _parts(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
+def _other(column: str, value: Any, wanted: str) -> BrokenRow:
+    if value is None:
+        return BrokenRow(f"{column} is missing")
+    return BrokenRow(f"{column} is {_kind(value)}, and no {wanted}")
+
+
 def _kind(value: Any) -> str:
     if value is None:
-        return "missing"
+        return "nothing"
     return {"str": "text", "dict": "an object", "list": "a list"}.get(
         type(value).__name__, f"{type(value).__name__} {str(value)[:20]}"
     )

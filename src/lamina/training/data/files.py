@@ -51,7 +51,7 @@ def find_files(path: str, split: str, root: Path) -> list[Path] | None:
     """
     place = place_of(path, root)
     if place.is_file():
-        return [_of_known_kind(place)]
+        return _said_alone([_of_known_kind(place)], split)
     if place.is_dir():
         found = [each for each in sorted(place.rglob("*")) if _is_data(each, place)]
         return _of_split(path, _of_one_kind(path, place, found), split, place)
@@ -60,7 +60,8 @@ def find_files(path: str, split: str, root: Path) -> list[Path] | None:
         found = [each for each in named if each.is_file()]
         if not found:
             raise DataError(f"No file matches {path}.", cure=f"a pattern below {root.resolve()}")
-        return _of_one_kind(path, root, [_of_known_kind(each) for each in found])
+        known = [_of_known_kind(each) for each in found]
+        return _said_alone(_of_one_kind(path, root, known), split)
     if is_hub_name(path):
         return None
     raise _nothing_there(path, place)
@@ -115,6 +116,20 @@ def _of_split(path: str, found: list[Path], split: str, folder: Path) -> list[Pa
         there = ", ".join(sorted({str(each) for each in named.values()}))
         raise DataError(f"{path} has no split {wanted!r}.", cure=f"one of {there}")
     return taken
+
+
+def _said_alone(found: list[Path], split: str) -> list[Path]:
+    """Files that a plan names: "train", whatever their names say, or what their names say."""
+    wanted = "train" if "+" in split else split.partition("[")[0]
+    others = [
+        file.name
+        for file in found
+        if wanted != "train" and _split_of(file, file.parent) != _SPLITS.get(wanted, wanted)
+    ]
+    if others:
+        told = [f"{name} isn't named after a split {wanted!r}" for name in others]
+        raise DataError("A file has one split.", faults=told, cure="leave split out")
+    return found
 
 
 def _split_of(file: Path, folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 from lamina.errors import DataError, nearest
@@ -242,7 +243,7 @@ def _choose(
     if method == "grpo" and "prompt_only" in found:
         return "prompt_only"
     left = [name for name in found if not any(name in _SAYS_MORE.get(other, ()) for other in found)]
-    usable = [name for name in left if name in LEARNS_FROM[method]]
+    usable = [name for name in LEARNS_FROM[method] if name in left]
     if len(usable) == 1 or (not usable and left):
         return (usable or left)[0]
     if usable:
@@ -284,14 +285,15 @@ def shown(row: Example, width: int = 60) -> str:
 
 
 def _cure(names: Sequence[str], columns: Sequence[str]) -> str:
-    """Rename what is nearest to the format that lacks least."""
-    options = [
-        (len(set(need) - set(columns)), need) for name in names for need in FORMATS[name].needs
-    ]
-    if not options:
+    """Rename the columns that are nearest to those of a format."""
+    needs = [need for name in names for need in FORMATS[name].needs]
+    if not needs:
         return "columns: {expected: there}"
-    _, need = min(options, key=lambda each: each[0])
-    lacking = [name for name in need if name not in columns]
+    need = max(needs, key=lambda each: sum(_likeness(name, columns) for name in each) / len(each))
     free = [name for name in columns if name not in need]
-    pairs = ", ".join(f"{name}: {(nearest(name, free) or ['...'])[0]}" for name in lacking)
-    return f"columns: {{{pairs}}}" if pairs else "columns: {expected: there}"
+    pairs = [f"{n}: {(nearest(n, free) or ['...'])[0]}" for n in need if n not in columns]
+    return f"columns: {{{', '.join(pairs) or 'expected: there'}}}"
+
+
+def _likeness(name: str, columns: Sequence[str]) -> float:
+    return max(SequenceMatcher(None, name, each).ratio() for each in columns)
