@@ -19,16 +19,18 @@ Inputs = dict[str, Any]
 _PACKAGES = ("lamina", "torch", "transformers", "trl", "accelerate", "datasets")
 # Settings that change how a stage is watched, or where from it goes on, but not what it becomes.
 _WATCHING = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "gate"}
+_DIGESTS = {"data", "base", "tokenizer", "chat_template"}
 # What data is, its digest says; where it lies doesn't matter.
 _ELSEWHERE = {"datasets", "eval_datasets"}
+# Files of a base that matter, and how much of each is looked at.
+_OF_MODELS = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin"}
+_BLOCKS, _BLOCK = 256, 1 << 18
 _BASE = (
-    "model_name_or_path",
     "model_revision",
     "dtype",
     "load_in_4bit",
     "load_in_8bit",
     "attn_implementation",
-    "tokenizer_name_or_path",
 )
 
 
@@ -54,7 +56,9 @@ def inputs_of(
     settings = plan.settings_of(stage)
     found: Inputs = {"name": stage.name, "mode": stage.mode, "data": data, "parent": parent}
     found |= {name: getattr(plan, name) for name in _BASE}
-    found["base files"] = _local_digest(plan.model_name_or_path)
+    found["base"] = _of_files(plan.model_name_or_path)
+    tokenizer = plan.tokenizer_name_or_path
+    found["tokenizer"] = None if tokenizer is None else _of_files(tokenizer)
     found["chat_template"] = _text_digest(template)
     for name, value in settings.model_dump(mode="json").items():
         if name not in _WATCHING | _ELSEWHERE and value is not None:
@@ -83,7 +87,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
-        if name in {"data", "base files", "chat_template"} or name.startswith("source of "):
+        if name in _DIGESTS or name.startswith("source of "):
             told.append(f"{name} changed")
         elif name in {"parent", "reference stage"}:
             told.append("the stage before changed" if name == "parent" else f"{name} changed")
@@ -109,21 +113,33 @@ def _text_digest(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _local_digest(path: str) -> str | None:
-    """Of a base that lies here: small files whole, large ones by name and size.
+def _of_files(path: str) -> str:
+    """A hub id, or what lies in a directory, wherever that is."""
+    return _local_digest(path) or path
 
-    That the weights are those that a stage was trained on, `begin_stage` looks at anyway.
-    """
+
+def _local_digest(path: str) -> str | None:
+    """Of a base that lies here: small files whole, of large ones some of each part."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return None
     told = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".jinja", ".model", ".txt"}:
-            told.update(f"{file.name}\0".encode() + file.read_bytes())
-        elif file.suffix in {".safetensors", ".bin"}:
-            told.update(f"{file.name}\0{file.stat().st_size}".encode())
+        if file.suffix in _OF_MODELS and file.is_file():
+            told.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            for block in _blocks(file):
+                told.update(block)
     return told.hexdigest()
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """All of a small file, else blocks at equal distances: another training changes every one."""
+    size = file.stat().st_size
+    count = min(_BLOCKS, -(-size // _BLOCK))
+    with file.open("rb") as opened:
+        for number in range(count):
+            opened.seek(number * max(_BLOCK, size // count))
+            yield opened.read(_BLOCK)
 
 
 def _source_digest(name: str) -> str:

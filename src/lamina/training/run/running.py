@@ -88,7 +88,7 @@ def _surroundings(folder: Path) -> Iterator[Stop]:
             install()
             stack.callback(uninstall)
         stack.enter_context(quiet())
-        stack.enter_context(importable(folder))
+        stack.enter_context(importable(folder, Path.cwd()))
         yield stack.enter_context(stopped_by_signals())
 
 
@@ -208,6 +208,7 @@ class _Run:
             metrics=outcome.metrics,
             steps=outcome.steps,
             seconds=round(running.seconds + seconds, 3),
+            weights=outcome.weights,
             files={} if outcome.interrupted else adapter_digests(places.stage),
         )
         self._note(name, state)
@@ -238,7 +239,7 @@ class _Run:
     def _identity(self, name: str) -> str:
         """What a finished stage is to those that depend on it."""
         state = self._state.stages.get(name)
-        return digest({"hash": state.hash, "files": state.files}) if state else ""
+        return digest({"hash": state.hash, "weights": state.weights}) if state else ""
 
     def _kept(self, places: Places, before: StageState | None, own: str) -> StageResult | None:
         """A stage that is finished, and still is what was saved."""

@@ -101,12 +101,14 @@ class Outcome:
         steps: optimizer steps in all.
         began: the step that it went on from.
         metrics: of its end.
+        weights: the digest of what was saved.
     """
 
     interrupted: bool
     steps: int
     began: int
     metrics: dict[str, float]
+    weights: str | None = None
 
 
 def run_stage(task: Task, told: Told, stop: Stop) -> Outcome:
@@ -144,16 +146,15 @@ def _run(task: Task, told: Told, stop: Stop) -> Outcome:
             f"Stage {task.stage.name!r} made no step: its examples fill none.",
             cure="more data, a smaller per_device_train_batch_size, or no packing",
         )
-    _save(task, model, metrics)
-    return Outcome(False, steps, began, metrics)
+    return Outcome(False, steps, began, metrics, _save(task, model, metrics))
 
 
 def _ended(task: Task, model: PeftModel, progress: Progress, checkpoint: Path) -> Outcome:
     """The end of a stage that was cut off between its last step and its being saved."""
     model.load_adapter(progress.best or checkpoint, task.stage.name, is_trainable=True)
     metrics = _metrics(progress.history)
-    _save(task, model, metrics)
-    return Outcome(False, progress.step, progress.step, metrics)
+    weights = _save(task, model, metrics)
+    return Outcome(False, progress.step, progress.step, metrics, weights)
 
 
 def _begin(task: Task) -> PeftModel:
@@ -227,9 +228,9 @@ def _loraplus(model: PeftModel, arguments: Any, settings: Settings) -> Any:
     )
 
 
-def _save(task: Task, model: PeftModel, metrics: dict[str, float]) -> None:
+def _save(task: Task, model: PeftModel, metrics: dict[str, float]) -> str | None:
     data = task.data
-    lamina.save_stage(
+    record = lamina.save_stage(
         model,
         task.places.stage,
         metrics=metrics,
@@ -246,6 +247,7 @@ def _save(task: Task, model: PeftModel, metrics: dict[str, float]) -> None:
         tokenizer=task.tokenizer,
     )
     task.tokenizer.save_pretrained(task.places.stage)
+    return record.weights
 
 
 def _metrics(history: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -25,6 +25,7 @@ class StageState:
         hash: of what it depends on.
         inputs: what that is, to tell what changed.
         files: name -> sha256 of the adapter's files, once finished.
+        weights: the digest of its tensors, which is the same if it is made again.
         metrics: as in its record.
         steps: optimizer steps that it took.
         seconds: that it took, all runs together.
@@ -35,6 +36,7 @@ class StageState:
     hash: str
     inputs: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
+    weights: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
