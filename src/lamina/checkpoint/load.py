@@ -162,7 +162,7 @@ def _refuse_meta(matched: dict[str, Slot], base: dict[str, nn.Parameter], source
 
 
 def _begin_unfilled(
-    model: nn.Module, adapter: str, wanted: dict[str, Slot], matched: dict[str, Slot]
+    model: nn.Module, adapter: str, wanted: Mapping[str, Slot], matched: Mapping[str, Slot]
 ) -> None:
     """Give weights that no tensor fills, and that don't exist yet, their initial values."""
     unfilled = {s.module for key, s in wanted.items() if key not in matched and s.tensor.is_meta}

@@ -397,5 +397,4 @@ __all__ = [
     "make_plan",
     "spell",
     "spell_saved",
-    "usual_targets",
 ]
