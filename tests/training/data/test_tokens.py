@@ -62,16 +62,19 @@ def trainers_own(
 ) -> list[Sequences]:
     """What the collator of TRL's trainer gives to a model, an example at a time."""
     trainer_class, config = TRAINERS[method]
-    args = config(
-        output_dir=str(folder),
-        max_length=MAX_LENGTH,
-        use_cpu=True,
-        report_to=[],
-        per_device_train_batch_size=2,
-        gradient_checkpointing=False,
-        bf16=False,
-        **asked,
-    )
+    with warnings.catch_warnings():
+        # To cut beginnings is deprecated, but done.
+        warnings.simplefilter("ignore")
+        args = config(
+            output_dir=str(folder),
+            max_length=MAX_LENGTH,
+            use_cpu=True,
+            report_to=[],
+            per_device_train_batch_size=2,
+            activation_checkpointing=False,
+            bf16=False,
+            **asked,
+        )
     model = models.tiny_llama()
     if method == "reward":
         from transformers import LlamaForSequenceClassification
@@ -127,6 +130,7 @@ def tokens(ids: torch.Tensor, trained: torch.Tensor, real: torch.Tensor) -> Toke
         ("dpo", "pairs", {}),
         ("dpo", "plain", {"truncation_mode": "keep_end"}),
         ("kto", "judged", {}),
+        ("kto", "pairs", {}),
         ("orpo", "pairs", {}),
         ("orpo", "plain", {}),
         ("reward", "pairs", {}),
@@ -165,3 +169,13 @@ def test_prompts_of_grpo_end_where_the_answer_begins(tmp_path: Path) -> None:
     (shown,) = tokenize(data.train, settings, tokenizer, max_length=None)
     expected = tokenizer("w1 w2 w9")["input_ids"]
     assert shown == {"": Tokens(tuple(expected), (False,) * 3)}
+
+
+def test_conversations_for_orpo_are_rendered_as_its_trainer_would(tmp_path: Path) -> None:
+    tokenizer = texts.tokenizer()
+    path = str(jsonl(tmp_path / "a.jsonl", PAIRS))
+    settings = Settings(method="orpo", datasets=[path], eval_datasets=[path])  # type: ignore[list-item]
+    data = prepare(settings, tokenizer=tokenizer, seed=0)
+    expected = [trl.maybe_apply_chat_template(row, tokenizer) for row in PAIRS]
+    assert data.train.to_list() == data.evaluation.to_list() == expected
+    assert isinstance(expected[0]["prompt"], str)

@@ -106,6 +106,8 @@ def prepare(
             if not number:
                 check_rendering(example, tokenizer, settings)
             check_template(example, tokenizer)
+    if settings.method == "orpo":
+        train, evaluation = _as_text(train, tokenizer), _as_text(evaluation, tokenizer)
     digests = [each.source.digest for each in (*parts, *evaluated)]
     return StageData(
         train=train,
@@ -177,6 +179,22 @@ def _with_tools(part: Examples) -> Examples:
     feature = require("datasets", "train").Value("string")
     nothing = [None] * len(part.dataset)
     return replace(part, dataset=part.dataset.add_column("tools", nothing, feature=feature))
+
+
+def _as_text(dataset: Any, tokenizer: Any) -> Any:
+    """Conversations rendered as ORPO's trainer does it first; its own way keeps them as lists."""
+    datasets = require("datasets", "train")
+    if dataset is None or not isinstance(dataset.features["prompt"], datasets.List):
+        return dataset
+    made = datasets.Features({name: datasets.Value("string") for name in dataset.features})
+    render = require("trl", "train").apply_chat_template
+    with quiet():
+        return dataset.map(
+            render,
+            fn_kwargs={"processing_class": tokenizer},
+            features=made,
+            remove_columns=dataset.column_names,
+        )
 
 
 def _check_split(parts: Sequence[Examples]) -> None:
