@@ -179,3 +179,21 @@ def test_conversations_for_orpo_are_rendered_as_its_trainer_would(tmp_path: Path
     expected = [trl.maybe_apply_chat_template(row, tokenizer) for row in PAIRS]
     assert data.train.to_list() == data.evaluation.to_list() == expected
     assert isinstance(expected[0]["prompt"], str)
+
+
+def test_streaming_conversations_become_the_same_tokens_in_the_trainer(tmp_path: Path) -> None:
+    tokenizer = texts.tokenizer()
+    tokenizer.chat_template = MARKED
+    path = str(jsonl(tmp_path / "a.jsonl", ROWS["sft"]))
+    shown = []
+    for streaming in (True, False):
+        settings = Settings(
+            method="sft",
+            datasets=[{"path": path, "streaming": streaming}],  # type: ignore[list-item]
+            assistant_only_loss=True,
+        )
+        data = prepare(settings, tokenizer=tokenizer, seed=0)
+        asked = {"assistant_only_loss": True, "max_steps": 1}
+        shown.append(trainers_own("sft", data.train, tokenizer, tmp_path, **asked))
+    assert sorted(shown[0], key=str) == sorted(shown[1], key=str)
+    assert len(shown[0]) == 2
