@@ -67,7 +67,7 @@ def test_shows_format_counts_lengths_and_what_is_learnt(tmp_path: Path) -> None:
     assert "chat sft on messages trainer gets messages an epoch 8 examples" in text
     assert "evaluation 2 examples" in text
     assert "talk.jsonl messages 8 2 100% id" in text
-    assert re.search(r"  ask (\d): \[\[say \1<\|end\|>\]\]\n", answer.stdout)
+    assert re.search(r"  ask (\d):\[\[ say \1<\|end\|>\]\]\n", answer.stdout)
     assert "prefer dpo on preference trainer gets prompt, chosen, rejected" in text
     assert "example 1, chosen" in text
     assert "ask 0[[ good<|end|>]]" in answer.stdout

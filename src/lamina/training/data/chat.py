@@ -74,12 +74,12 @@ def check_template(example: Mapping[str, Any], tokenizer: Any) -> None:
     Raises:
         DataError: with what the template says.
     """
-    talks = [example.get("messages"), example.get("prompt")]
+    if not is_conversation(example):
+        return
     asked = example.get("prompt") or []
-    talks += [
-        asked + example[key] for key in ("completion", "chosen", "rejected") if key in example
-    ]
-    for talk in talks if is_conversation(example) else ():
+    answers = [example[key] for key in ("completion", "chosen", "rejected") if key in example]
+    talks = [example.get("messages"), asked, *(asked + answer for answer in answers)]
+    for talk in talks:
         try:
             if talk:
                 tokenizer.apply_chat_template(talk, tokenize=False)

@@ -157,7 +157,7 @@ class _Reading:
                 continue
             try:
                 converted = convert(row, self.layout, self.method)
-                kinds = _same_kinds(kinds, converted, self.layout)
+                kinds = _same_kinds(kinds, converted)
             except BrokenRow as broken:
                 self._note(f"{place}: {broken}")
             else:
@@ -181,9 +181,7 @@ class _Reading:
             self._faults.append(fault)
 
 
-def _same_kinds(
-    kinds: dict[str, type] | None, converted: Converted, layout: Layout
-) -> dict[str, type]:
+def _same_kinds(kinds: dict[str, type] | None, converted: Converted) -> dict[str, type]:
     """The kinds of values in the trainer's own columns: text or messages, the same in all rows."""
     own = {
         key: type(value)
@@ -192,7 +190,8 @@ def _same_kinds(
     }
     if kinds is not None and own != kinds:
         changed = next(key for key in {**own, **kinds} if own.get(key) is not kinds.get(key))
-        here = {str: "text", list: "messages"}.get(own.get(changed, int), "missing")
+        told = {str: "text", list: "messages"}
+        here = told[own[changed]] if changed in own else "missing"
         raise BrokenRow(f"{changed} is {here}, unlike in the examples before")
     return own
 

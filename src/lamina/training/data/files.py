@@ -86,10 +86,10 @@ def _of_known_kind(file: Path) -> Path:
 def _of_one_kind(path: str, folder: Path, found: list[Path]) -> list[Path]:
     if not found:
         kept = sorted(each.name for each in folder.iterdir())[:8]
-        told = f"it holds {', '.join(kept)}" if kept else "it is empty"
+        holds = f"it holds {', '.join(kept)}" if kept else "it is empty"
         saved = (folder / "dataset_info.json").exists()
         cure = "Dataset.to_parquet(...)" if saved else f"files of one kind: {_TAKEN}"
-        raise DataError(f"{path} holds no data files: {told}.", cure=cure)
+        raise DataError(f"{path} holds no data files: {holds}.", cure=cure)
     kinds = Counter(kind_of(each) for each in found)
     if len(kinds) > 1:
         told = [f"{count} of {kind}" for kind, count in kinds.items()]

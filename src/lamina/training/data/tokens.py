@@ -89,7 +89,7 @@ def _arguments(config: type, settings: Settings, max_length: int | None) -> Simp
 
 def _unmade(trainer: type, **attributes: Any) -> Any:
     """A trainer that has no model, but the methods that prepare data."""
-    made = object.__new__(trainer)
+    made: Any = object.__new__(trainer)
     vars(made).update(attributes)
     return made
 
