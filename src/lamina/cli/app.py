@@ -21,9 +21,12 @@ from lamina.cli.flatten import flatten
 from lamina.cli.init import init
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
+from lamina.cli.logs import logs
 from lamina.cli.merge import merge
 from lamina.cli.preview import preview
+from lamina.cli.run import run
 from lamina.cli.split import split
+from lamina.cli.status import status
 from lamina.cli.targets import targets
 from lamina.cli.terminal import hush_imports, print_error, shown_warnings
 from lamina.cli.validate import validate
@@ -82,6 +85,9 @@ for _verb in (
     init,
     validate,
     preview,
+    run,
+    status,
+    logs,
     inspect,
     doctor,
     verify,

@@ -79,7 +79,7 @@ def attempt(plan: Path, after: float | None, prepare: Callable[[], None] | None 
 
 def main(plan: Path, kills: int, seed: int) -> None:
     quiet = plan.parent / "undisturbed.yaml"
-    quiet.write_text(plan.read_text().replace("output_dir: out", "output_dir: undisturbed"))
+    quiet.write_text(plan.read_text().replace("/out\n", "/undisturbed\n", 1))
     began = time.monotonic()
     assert attempt(quiet, None) == 0
     took = time.monotonic() - began

@@ -62,9 +62,10 @@ def write_plan(
         if not file.exists():
             write_rows(file, ROWS[stage["method"]]())
         written.append({"datasets": file.name, **stage})
+    output = folder / changes.pop("output_dir", "out")
     plan = {
+        "output_dir": str(output),
         "model_name_or_path": str(base),
-        "output_dir": "out",
         "defaults": QUICK,
         "stages": written,
         **changes,

@@ -180,7 +180,7 @@ def test_all_that_trl_would_refuse_is_told_before_anything_starts(folder: Path) 
         )
     told = str(error.value)
     assert "SFTConfig has no such field; did you mean 'warmup_steps'?" in told
-    assert "b: trainer_args.output_dir" in told
+    assert "stages.b.trainer_args.output_dir" in told
     assert "use report_to" in told
     assert not (folder / "out").exists()
 

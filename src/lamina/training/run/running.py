@@ -16,6 +16,8 @@ from lamina.interop.peft import install, installed, uninstall
 from lamina.storage.staging import remove_tree
 from lamina.training.data import StageData, prepare
 from lamina.training.plan import Plan, StagePlan
+from lamina.training.plan.document import Document
+from lamina.training.preflight import check_plan
 from lamina.training.run.base import load_tokenizer
 from lamina.training.run.identity import Inputs, differences, digest, inputs_of
 from lamina.training.run.interrupts import Stop, stopped_by_signals
@@ -24,8 +26,7 @@ from lamina.training.run.quiet import quiet
 from lamina.training.run.stage import Outcome, Places, Task, run_stage
 from lamina.training.run.state import RunState, StageState, adapter_digests
 from lamina.training.run.told import StageResult, Told
-from lamina.training.trainers.arguments import faults_of
-from lamina.training.trainers.functions import find_function, importable
+from lamina.training.trainers.functions import importable
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def run_plan(
     plan: Plan,
     *,
     root: str | os.PathLike[str] = ".",
+    document: Document | None = None,
     console: Told | None = None,
     resume: bool = True,
 ) -> RunResult:
@@ -59,7 +61,9 @@ def run_plan(
 
     Args:
         plan: the plan.
-        root: the folder of the plan's file, which its paths are relative to.
+        root: the folder of the plan's file, where its base, data and functions are looked for
+            before the working directory; `output_dir` is relative to the latter.
+        document: of the plan, for the lines of what is wrong with it.
         console: what hears of the progress.
         resume: go on from what is there; False runs every stage anew.
 
@@ -74,6 +78,7 @@ def run_plan(
     plan = _located(plan, folder)
     with _surroundings(folder) as stop:
         _check(plan)
+        check_plan(plan, document=document, root=folder).check()
         directory = Path(plan.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory):
@@ -94,7 +99,7 @@ def _surroundings(folder: Path) -> Iterator[Stop]:
 
 def _located(plan: Plan, folder: Path) -> Plan:
     """The plan with its paths as they are found from anywhere."""
-    changes: dict[str, Any] = {"output_dir": str(folder / Path(plan.output_dir).expanduser())}
+    changes: dict[str, Any] = {"output_dir": str(Path(plan.output_dir).expanduser().resolve())}
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
         written = getattr(plan, name)
         here = folder / Path(written or "").expanduser()
@@ -104,22 +109,16 @@ def _located(plan: Plan, folder: Path) -> Plan:
 
 
 def _check(plan: Plan) -> None:
-    """What can be known to be wrong before any data is read."""
-    faults = []
-    for stage in plan.stages:
-        settings = plan.settings_of(stage)
-        faults += faults_of(settings, stage.name)
-        if settings.gate is not None:
-            faults.append(f"{stage.name}: gate: a run can't judge stages yet")
-        for name in settings.reward_functions or ():
-            try:
-                find_function(name)
-            except PlanError as error:
-                faults.append(f"{stage.name}: {error.what}")
+    """What a plan may say, and a run doesn't do yet, is not passed over in silence."""
+    faults = [
+        f"{stage.name}: gate: a run can't judge stages yet"
+        for stage in plan.stages
+        if plan.settings_of(stage).gate is not None
+    ]
     if plan.evals:
         faults.append("evals: a run can't measure stages yet")
     if faults:
-        raise PlanError("The plan can't be run as it is.", faults=faults, cure="change the plan")
+        raise PlanError("The plan can't be run as it is.", faults=faults, cure="leave these out")
 
 
 class _Run:

@@ -1,0 +1,186 @@
+"""A run while it goes on: lines in a pipe, a view that is drawn over and over in a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lamina.cli.terminal import console, size
+from lamina.training.run.told import StageResult, Told
+
+_MARKS = {"waiting": " ", "preparing": "*", "training": "*", "kept": "=", "interrupted": "!"}
+
+
+@contextmanager
+def teller(*, shown: bool) -> Iterator[Told]:
+    """What shows a run on the error stream; the standard output is for its result."""
+    errors = console(stderr=True)
+    if not shown:
+        yield Told()
+    elif errors.is_terminal:
+        view = View(errors)
+        with Live(view, console=errors, refresh_per_second=4):
+            yield view
+    else:
+        yield Lines(errors)
+
+
+class Lines(Told):
+    """A line for every event."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._count = 0
+
+    def begins(self, stages: Sequence[str], directory: str) -> None:
+        """Where, and how many."""
+        self._count = len(stages)
+        self._say(f"{len(stages)} stages to {directory}: {' -> '.join(stages)}")
+
+    def stage_begins(self, name: str, number: int, why: str) -> None:
+        """Which, and why again."""
+        again = f", again: {why}" if why else ""
+        self._say(f"{name} ({number + 1} of {self._count}){again}")
+
+    def training_begins(self, name: str, step: int, steps: int) -> None:
+        """From which step on."""
+        if step:
+            self._say(f"{name} goes on from step {step} of {steps}")
+
+    def logged(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Loss and what else there is."""
+        told = numbers(values)
+        if told:
+            self._say(f"{name} {step}/{values.get('steps', '?')}  {told}")
+
+    def stage_ends(self, result: StageResult) -> None:
+        """How it ended."""
+        took = f" in {span(result.seconds)}" if result.seconds else ""
+        self._say(f"{result.name} {result.status}{took}")
+
+    def _say(self, text: str) -> None:
+        self._out.print(Text(text), soft_wrap=True)
+
+
+@dataclass
+class _Row:
+    """What is known of a stage.
+
+    Attributes:
+        status: how far it is.
+        step: done.
+        steps: of all.
+        began: when training began, and at which step.
+        loss: the last one.
+        note: why it is run again, or what else there is to say.
+    """
+
+    status: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    began: tuple[float, int] | None = None
+    loss: float | None = None
+    note: str = ""
+
+
+class View(Told):
+    """All stages, one a line, as they are now."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._rows: dict[str, _Row] = {}
+        self._memory: int | None = None
+
+    def __rich__(self) -> RenderableType:
+        """The view as it is now."""
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        for column in range(6):
+            shown.add_column(no_wrap=True, justify="right" if column == 3 else "left")
+        for name, row in self._rows.items():
+            mark = _MARKS.get(row.status, "+")
+            bar: RenderableType = ""
+            if row.steps:
+                bar = ProgressBar(total=row.steps, completed=row.step, width=10)
+            shown.add_row(
+                Text(f"{mark} {name}", style="bold" if row.status == "training" else ""),
+                Text(row.status, style="dim"),
+                bar,
+                Text(f"{row.step:,}/{row.steps:,}" if row.steps else ""),
+                Text("" if row.loss is None else f"loss {row.loss:.4f}"),
+                Text(_pace(row) or row.note, style="dim", overflow="ellipsis"),
+            )
+        if self._memory is None:
+            return shown
+        return Group(shown, Text(f"  {size(self._memory)} of GPU memory at most", style="dim"))
+
+    def begins(self, stages: Sequence[str], directory: str) -> None:
+        """A line for each."""
+        self._rows = {name: _Row() for name in stages}
+
+    def stage_begins(self, name: str, number: int, why: str) -> None:
+        """It is loaded, and its data are tokenized."""
+        self._rows[name] = _Row("preparing", note=f"again: {why}" if why else "")
+
+    def training_begins(self, name: str, step: int, steps: int) -> None:
+        """Its bar begins."""
+        row = self._rows[name]
+        row.status, row.step, row.steps = "training", step, steps
+        row.began = (time.monotonic(), step)
+
+    def step(self, name: str, step: int, steps: int) -> None:
+        """Its bar moves."""
+        self._rows[name].step = step
+
+    def logged(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Its loss."""
+        row = self._rows[name]
+        row.loss = values.get("loss", row.loss)
+        self._memory = values.get("memory", self._memory)
+
+    def stage_ends(self, result: StageResult) -> None:
+        """How it ended."""
+        row = self._rows[result.name]
+        row.status, row.began = result.status, None
+        row.step = row.steps = result.steps
+        row.loss = (result.metrics or {}).get("train_loss", row.loss)
+        row.note = span(result.seconds) if result.seconds else ""
+
+
+def _pace(row: _Row) -> str:
+    """Steps per second, and how long those that are left take at that."""
+    if row.began is None:
+        return ""
+    began, first = row.began
+    done, spent = row.step - first, time.monotonic() - began
+    if not done or spent <= 0:
+        return ""
+    left = (row.steps - row.step) * spent / done
+    return f"{done / spent:.3g}/s, {span(left)} left"
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+    """The numbers of a line of a log that a person looks at first."""
+    shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies")
+    told = [
+        f"{name} {values[name]:.4g}" for name in shown if isinstance(values.get(name), (int, float))
+    ]
+    return "  ".join(told)
+
+
+def span(seconds: float) -> str:
+    """A span of time: `4.2 s`, `3:20 min`, `2:05 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes}:{int(seconds % 60):02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h"

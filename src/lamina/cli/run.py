@@ -1,0 +1,78 @@
+"""`lamina run`: a plan, from its base through all its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from lamina.cli.arguments import Json
+from lamina.cli.progress import teller
+from lamina.cli.terminal import console, print_json, table
+
+if TYPE_CHECKING:
+    from lamina.training.run import RunResult
+
+# As shells have it of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan's file.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Over what it says: stages.chat.lora_r=4"),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Run every stage anew, whatever is there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take the base of a plan through all its stages.
+
+    Killed or stopped at any moment, the same command goes on: stages that are finished are kept,
+    the one that was running goes on from its last checkpoint. Ctrl-C saves and stops.
+    """
+    from lamina.training.plan import open_plan
+
+    opened = open_plan(plan, changes or [])
+    from lamina.training.run import run_plan
+
+    with teller(shown=not as_json) as told:
+        result = run_plan(
+            opened.plan,
+            root=plan.expanduser().resolve().parent,
+            document=opened.document,
+            console=told,
+            resume=not restart,
+        )
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        _print(result)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print(result: RunResult) -> None:
+    out = console()
+    columns = ["stage", "was", "steps", "loss", "seconds"]
+    rows = [
+        [
+            each.name,
+            each.status,
+            f"{each.steps:,}",
+            f"{(each.metrics or {}).get('train_loss', float('nan')):.4f}",
+            f"{each.seconds:.1f}",
+        ]
+        for each in result.stages
+    ]
+    out.print(table(columns, rows, right=columns[2:], folded=["stage"]))
+    out.print()
+    if result.interrupted:
+        out.print(Text("stopped; the same command goes on", style="yellow"))
+    else:
+        out.print(Text.assemble("the last stage is in ", (result.path, "bold")), soft_wrap=True)
