@@ -111,7 +111,8 @@ def test_looking_at_a_run_imports_no_torch(verb: str, done: tuple[Path, str, str
 def test_the_view_of_a_terminal_fits_into_it() -> None:
     for width in (80, 120):
         out = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-        view = View(out)
+        now = 0.0
+        view = View(lambda: now)  # noqa: B023
         view.begins(["domain", "chat", "preferences"], "out")
         view.stage_begins("domain", 0, "")
         view.training_begins("domain", 0, 4)
@@ -120,6 +121,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
         view.stage_begins("chat", 1, "learning_rate: 0.1 -> 0.2")
         view.training_begins("chat", 2, 1000)
         view.step("chat", 3, 1000)
+        now = 0.5
         view.logged("chat", 3, {"loss": 1.25, "memory": 3 << 30})
         out.print(view)
         lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -127,7 +129,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
         assert "1:05 min" in lines[0]
         assert "3/1,000" in lines[1]
         assert "loss 1.2500" in lines[1]
-        assert lines[1].rstrip().endswith(" left")
+        assert lines[1].rstrip().endswith("2.0/s, 8:18 min left")
         assert "waiting" in lines[2]
         assert "3.0 GiB of GPU memory" in lines[3]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ def teller(*, shown: bool) -> Iterator[Told]:
     if not shown:
         yield Told()
     elif errors.is_terminal:
-        view = View(errors)
+        view = View()
         with Live(view, console=errors, refresh_per_second=4):
             yield view
     else:
@@ -95,8 +95,8 @@ class _Row:
 class View(Told):
     """All stages, one a line, as they are now."""
 
-    def __init__(self, out: Console) -> None:
-        self._out = out
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._now = clock
         self._rows: dict[str, _Row] = {}
         self._memory: int | None = None
 
@@ -116,7 +116,7 @@ class View(Told):
                 bar,
                 Text(f"{row.step:,}/{row.steps:,}" if row.steps else ""),
                 Text("" if row.loss is None else f"loss {row.loss:.4f}"),
-                Text(_pace(row) or row.note, style="dim", overflow="ellipsis"),
+                Text(_pace(row, self._now()) or row.note, style="dim", overflow="ellipsis"),
             )
         if self._memory is None:
             return shown
@@ -134,7 +134,7 @@ class View(Told):
         """Its bar begins."""
         row = self._rows[name]
         row.status, row.step, row.steps = "training", step, steps
-        row.began = (time.monotonic(), step)
+        row.began = (self._now(), step)
 
     def step(self, name: str, step: int, steps: int) -> None:
         """Its bar moves."""
@@ -155,16 +155,16 @@ class View(Told):
         row.note = span(result.seconds) if result.seconds else ""
 
 
-def _pace(row: _Row) -> str:
+def _pace(row: _Row, now: float) -> str:
     """Steps per second, and how long those that are left take at that."""
     if row.began is None:
         return ""
     began, first = row.began
-    done, spent = row.step - first, time.monotonic() - began
+    done, spent = row.step - first, now - began
     if not done or spent <= 0:
         return ""
     left = (row.steps - row.step) * spent / done
-    return f"{done / spent:.3g}/s, {span(left)} left"
+    return f"{done / spent:,.1f}/s, {span(left)} left"
 
 
 def numbers(values: Mapping[str, Any]) -> str:
