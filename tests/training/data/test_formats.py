@@ -279,3 +279,16 @@ def test_columns_of_reward_functions_may_be_of_several_kinds(tmp_path: Path) -> 
         {"prompt": "Q", **{f"c{i}": pair[row] for i, pair in enumerate(values)}} for row in (0, 1)
     ]
     assert read(jsonl(tmp_path / "a.jsonl", rows), "grpo").dataset.to_list() == rows
+
+
+def test_values_that_fit_no_table_are_an_error_of_the_data(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "answer": 1 << 70}])
+    with pytest.raises(DataError, match="no table can hold"):
+        read(path, "grpo")
+
+
+def test_a_first_example_that_is_broken_hides_no_format(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": []}, EXAMPLES["messages"]])
+    with pytest.raises(DataError) as error:
+        read(path, "sft")
+    assert error.value.faults == ("line 1: messages is empty",)

@@ -175,6 +175,11 @@ def test_broken_lines_keep_their_numbers(tmp_path: Path) -> None:
     assert "no JSON" in told[0][1]
     assert "no object" in told[1][1]
     assert "UTF-8" in told[2][1]
+    path.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n')
+    assert [row for _, row in opened(path).rows()] == [
+        {"text": "\U0001f600"},
+        "holds half a character (a lone surrogate)",
+    ]
     (tmp_path / "a.csv").write_text('a,b\n"1\n2",3\n4\n')
     assert list(opened(tmp_path / "a.csv").rows()) == [
         ("line 3", {"a": "1\n2", "b": "3"}),

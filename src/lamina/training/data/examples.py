@@ -77,12 +77,12 @@ def read_examples(source: Source, method: str) -> Examples:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of `datasets`, unless somebody watches."""
+def quiet(*, always: bool = False) -> Iterator[None]:
+    """No progress bars of `datasets`, unless somebody watches and they aren't unwanted."""
     import sys
 
     datasets = require("datasets", "train")
-    if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
+    if (sys.stderr.isatty() and not always) or not datasets.is_progress_bar_enabled():
         yield
         return
     datasets.disable_progress_bars()
@@ -114,11 +114,20 @@ def _all(source: Source, layout: Layout, method: str) -> Any:
     while batch := list(islice(rows, _BATCH)):
         # Batches behind a broken row are only looked through.
         if not reading.broken:
-            parts.append(datasets.Dataset.from_list(batch, features=features))
+            parts.append(_table(source.data.path, batch, features))
     reading.check()
     if not parts:
         raise DataError(f"{source.data.path} holds no example.")
     return datasets.concatenate_datasets(parts)
+
+
+def _table(path: str, batch: list[Converted], features: Any) -> Any:
+    datasets, arrow = require("datasets", "train"), require("pyarrow", "train")
+    try:
+        return datasets.Dataset.from_list(batch, features=features)
+    except (arrow.ArrowException, OverflowError, TypeError, ValueError) as error:
+        # Of the columns for reward functions, such as numbers of more than 64 bits.
+        raise DataError(f"{path} holds values that no table can hold: {error}.") from error
 
 
 def _streamed(source: Source, layout: Layout, method: str) -> Any:
@@ -190,7 +199,7 @@ def _same_kinds(kinds: dict[str, type] | None, converted: Converted) -> dict[str
     }
     if kinds is not None and own != kinds:
         changed = next(key for key in {**own, **kinds} if own.get(key) is not kinds.get(key))
-        told = {str: "text", list: "messages"}
+        told: dict[type, str] = {str: "text", list: "messages"}
         here = told[own[changed]] if changed in own else "missing"
         raise BrokenRow(f"{changed} is {here}, unlike in the examples before")
     return own

@@ -211,12 +211,12 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def _found(rows: Sequence[Example], columns: tuple[str, ...]) -> list[str]:
-    """All formats that columns and the first example fit."""
+    """All formats that the columns fit, and any of the first examples, which may be broken."""
     there = set(columns)
     return [
         form.name
         for form in FORMATS.values()
-        if any(set(need) <= there for need in form.needs) and form.fits(rows[0])
+        if any(set(need) <= there for need in form.needs) and any(map(form.fits, rows))
     ]
 
 

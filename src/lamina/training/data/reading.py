@@ -99,7 +99,8 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _json_list(path: Path, file: IO[bytes]) -> Iterator[Row]:
     try:
-        listed = json.loads(file.read().decode("utf-8"))
+        content = file.read()
+        listed = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
     except json.JSONDecodeError as error:
@@ -107,8 +108,9 @@ def _json_list(path: Path, file: IO[bytes]) -> Iterator[Row]:
         raise DataError(f"{path} is no JSON.", faults=[told]) from error
     except RecursionError as error:
         raise DataError(f"{path} is nested too deeply.") from error
+    escaped = _escapes(content)
     for number, value in enumerate(listed, 1):
-        yield f"example {number}", _object(value)
+        yield f"example {number}", _object(value, escaped)
 
 
 def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -129,13 +131,30 @@ def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
         except RecursionError:
             yield place, "is nested too deeply"
         else:
-            yield place, _object(value)
+            yield place, _object(value, _escapes(line))
 
 
-def _object(value: Any) -> dict[str, Any] | str:
+def _object(value: Any, escaped: bool) -> dict[str, Any] | str:
     if isinstance(value, dict):
-        return value
+        return (
+            value
+            if not escaped or _is_unicode(value)
+            else "holds half a character (a lone surrogate)"
+        )
     return f"is {type(value).__name__} {str(value)[:40]!r}, and no object with names and values"
+
+
+def _escapes(content: bytes) -> bool:
+    return b"\\ud" in content or b"\\uD" in content
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text can be written; escapes in JSON may spell half of a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv(path: Path) -> Iterator[Row]:

@@ -69,7 +69,7 @@ def tokenize(
         "reward": _scored,
         "grpo": _prompts,
     }[settings.method or "sft"]
-    with quiet(), _unlogged():
+    with quiet(always=True), _unlogged():
         return prepare(dataset, settings, tokenizer, max_length)
 
 
