@@ -81,6 +81,22 @@ def test_a_folder_is_all_its_data_in_order_without_what_is_about_it(tmp_path: Pa
     assert places == ["z.jsonl, line 1", "z.jsonl, line 2", "b.jsonl, line 1"]
 
 
+def test_reads_what_datasets_has_saved(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_list(ROWS)
+    made.save_to_disk(str(tmp_path / "one"))
+    assert texts(opened(tmp_path / "one")) == [row["text"] for row in ROWS]
+    several = datasets.DatasetDict(train=made.select([0, 1]), test=made.select([2]))
+    several.save_to_disk(str(tmp_path / "two"))
+    assert texts(opened(tmp_path / "two")) == ["t0", "t1"]
+    assert texts(opened(tmp_path / "two", split="test")) == ["t2"]
+
+
+def test_a_name_like_that_of_a_note_is_data_still(tmp_path: Path) -> None:
+    jsonl(tmp_path / "state.jsonl", ROWS[:1])
+    jsonl(tmp_path / "license-texts.jsonl", ROWS[1:2])
+    assert texts(opened(tmp_path)) == ["t1", "t0"]
+
+
 def test_files_named_after_splits_are_not_mixed_up(tmp_path: Path) -> None:
     jsonl(tmp_path / "train-0.jsonl", ROWS[:2])
     jsonl(tmp_path / "train-1.jsonl", ROWS[2:3])
@@ -154,6 +170,7 @@ def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
         ("c.csv", b'a,b\n1,"2\n', "line 2"),
         ("d.csv", b"a,b\n1,\xff\n", "isn't UTF-8"),
         ("a.parquet", b"PAR1 no", "no Parquet file"),
+        ("a.arrow", b"no", "no Arrow file"),
         ("a.jsonl.gz", b"no gzip", "can't be read"),
         ("b.jsonl.gz", gzip.compress(b'{"text": "long enough"}')[:-12], "can't be read"),
         ("a.md", b"\xff", "isn't UTF-8"),

@@ -22,8 +22,9 @@ _SPLITS = {
     "dev": "validation",
     "eval": "validation",
 }
-# Beside data, not data.
-_ABOUT = re.compile(r"^(readme|license|licence|changelog|citation|dataset_infos?)\b", re.IGNORECASE)
+# Beside data, not data; the last by `Dataset.save_to_disk`.
+_ABOUT = {"readme", "license", "licence", "changelog", "citation", "dataset_info", "dataset_infos"}
+_SAVED = {"state", "dataset_dict"}
 _PATTERN = re.compile(r"[*?\[]")
 _TAKEN = ", ".join(KINDS)
 
@@ -74,7 +75,13 @@ def _there(place: Path) -> bool:
 def _is_data(file: Path, folder: Path) -> bool:
     inside = file.relative_to(folder).parts
     hidden = any(part.startswith((".", "_")) for part in inside)
-    return file.is_file() and not hidden and not _ABOUT.match(file.name) and bool(kind_of(file))
+    return file.is_file() and not hidden and bool(kind_of(file)) and not _is_about(file)
+
+
+def _is_about(file: Path) -> bool:
+    stem = file.name.lower().partition(".")[0]
+    saved = stem in _SAVED and any(file.parent.rglob("dataset_info.json"))
+    return stem in _ABOUT or saved
 
 
 def _of_known_kind(file: Path) -> Path:
@@ -87,8 +94,7 @@ def _of_one_kind(path: str, folder: Path, found: list[Path]) -> list[Path]:
     if not found:
         kept = sorted(each.name for each in folder.iterdir())[:8]
         holds = f"it holds {', '.join(kept)}" if kept else "it is empty"
-        saved = (folder / "dataset_info.json").exists()
-        cure = "Dataset.to_parquet(...)" if saved else f"files of one kind: {_TAKEN}"
+        cure = f"files of one kind: {_TAKEN}"
         raise DataError(f"{path} holds no data files: {holds}.", cure=cure)
     kinds = Counter(kind_of(each) for each in found)
     if len(kinds) > 1:

@@ -1,4 +1,4 @@
-"""Rows of data files, each with the place it stands at: JSON, CSV, Parquet and plain text.
+"""Rows of data files, each with the place it stands at: JSON, CSV, Parquet, Arrow, plain text.
 
 A file is only parsed, never run. JSON and CSV are read here, line by line, since `datasets` doesn't
 say which line of a file is broken.
@@ -13,7 +13,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
     ".md": "markdown",
@@ -61,6 +62,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         "json": _json,
         "csv": _csv,
         "parquet": _parquet,
+        "arrow": _arrow,
         "text": _text,
         "markdown": _markdown,
     }
@@ -197,16 +199,29 @@ def _check_header(path: Path, names: list[str], delimiter: str) -> None:
 
 def _parquet(path: Path) -> Iterator[Row]:
     parquet = require("pyarrow.parquet", "train")
+    with _open_plain(path) as file:
+        yield from _batches(
+            path, "Parquet", lambda: parquet.ParquetFile(file).iter_batches(batch_size=1000)
+        )
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    """A stream, as `Dataset.save_to_disk` writes it."""
+    streams = require("pyarrow.ipc", "train")
+    with _open_plain(path) as file:
+        yield from _batches(path, "Arrow", lambda: streams.open_stream(file))
+
+
+def _batches(path: Path, kind: str, read: Callable[[], Iterable[Any]]) -> Iterator[Row]:
     arrow = require("pyarrow", "train")
     try:
-        with _open_plain(path) as file:
-            number = 0
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", values
+        number = 0
+        for batch in read():
+            for values in batch.to_pylist():
+                number += 1
+                yield f"row {number}", values
     except arrow.ArrowException as error:
-        raise DataError(f"{path} is no Parquet file: {error}.") from error
+        raise DataError(f"{path} is no {kind} file: {error}.") from error
 
 
 def _open_plain(path: Path) -> IO[bytes]:
