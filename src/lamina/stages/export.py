@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lamina.checkpoint.adapter import WEIGHTS_NAME
+from lamina.checkpoint.adapter import WEIGHTS_NAME, AdapterFile
 from lamina.checkpoint.export.base_config import BaseConfig
-from lamina.checkpoint.export.contents import Finding, read_contents
+from lamina.checkpoint.export.contents import Contents, Finding, read_contents
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
 from lamina.checkpoint.export.registry import TARGETS, target_named
 from lamina.checkpoint.export.target import Options
@@ -25,8 +25,10 @@ from lamina.checkpoint.export.updates import (
 )
 from lamina.checkpoint.probe import ProbeComparison
 from lamina.checkpoint.record import read_record
+from lamina.config import LoraConfig, PeftConfig
 from lamina.engine.compose import Factors
-from lamina.errors import ExportError
+from lamina.errors import ExportError, LaminaError
+from lamina.stages.configs import refuse_edited_config
 from lamina.stages.export_base import AnyBase, config_of_base, without_base_copies
 from lamina.stages.export_report import ExportCheck, ExportReport
 from lamina.stages.exported import Job, compare_with_base
@@ -98,6 +100,7 @@ def export(
         ExportError: the program would refuse the adapter, or answer something else: all faults,
             each with its cure.
         CheckpointError: the adapter is broken, or `out` is not empty.
+        RecordError: its config is not as the stage was saved.
     """
     job = _job(
         path,
@@ -155,8 +158,21 @@ def _job(
     """What is to be done, from headers and configs alone."""
     chosen = target_named(target)
     contents = without_base_copies(read_contents(path, **where), path, base, where)
+    _refuse_edited(contents)
     options = Options(base=config_of_base(base, contents, chosen), **asked)
     return Job(path, where, contents, chosen, options)
+
+
+def _refuse_edited(contents: Contents) -> None:
+    record = read_record(contents.metadata, source=contents.source)
+    try:
+        config = PeftConfig.from_dict(contents.config, source=contents.source)
+    except LaminaError:
+        # The target's own check says what is wrong with it.
+        return
+    if record is not None and isinstance(config, LoraConfig):
+        file = AdapterFile(contents.source, config, {}, dict(contents.metadata))
+        refuse_edited_config(file, record)
 
 
 def _write(job: Job, updates: Updates, staging: Path) -> dict[str, Factors]:

@@ -21,11 +21,11 @@ from lamina.checkpoint.origin import (
 )
 from lamina.checkpoint.record import Lamina, StageRecord
 from lamina.checkpoint.shapes import fit_together
-from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig, numbers
+from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.compose import Factors, concatenate, separate
-from lamina.engine.layers import LayerAdapter
 from lamina.engine.variants import variant_for
 from lamina.errors import CheckpointError
+from lamina.stages.configs import refuse_edited_config, scaling_of
 
 # Why AdaLoRA is trained apart from stages.
 WITHOUT_STAGES = "its ranks are shared out in training, and belong to no stage"
@@ -74,12 +74,6 @@ class Chain:
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def scaling_of(config: LoraConfig, module: str) -> float:
-    """The scaling that a config means in a module."""
-    r, alpha = numbers(config, module)
-    return LayerAdapter.of(config, r, alpha).scaling
-
-
 def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
     """The laminae of a file, each with its own factors.
 
@@ -93,7 +87,7 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
 
     Raises:
         CheckpointError: a module lacks one of its factors, or it is AdaLoRA.
-        RecordError: record and tensors contradict each other.
+        RecordError: record, config and tensors contradict each other.
     """
     if isinstance(file.config, AdaLoraConfig):
         raise CheckpointError(
@@ -104,6 +98,7 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
+    refuse_edited_config(file, record)
     if not record.laminae:
         raise CheckpointError(
             f"{file.source} has no ranks of any stage.",

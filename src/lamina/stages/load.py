@@ -14,6 +14,7 @@ from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
 from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, base_remarks, describe_base
+from lamina.stages.configs import refuse_edited_config
 from lamina.stages.likeness import base_likeness, tell, updates_in_file
 from lamina.stages.tokenizers import tokenizer_faults, tokenizer_remarks, with_tokenizer
 from lamina.stages.verify import contents_of, examine
@@ -47,6 +48,7 @@ def load(
         StageError: the base is not the one that the stage was trained on, or options are given
             for a base that is loaded already.
         CheckpointError: files are missing or broken.
+        RecordError: the record contradicts the tensors, or the config.
         VerificationError: it doesn't answer as when it was saved; why is in the message.
 
     Warns:
@@ -57,6 +59,8 @@ def load(
     file = read_adapter(path, **hub)
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
+    if not verify:
+        refuse_edited_config(file, record)
     name = record.newest.name
     if isinstance(base, nn.Module):
         _refuse_options(options)

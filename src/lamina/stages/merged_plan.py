@@ -27,6 +27,7 @@ from lamina.engine.names import places
 from lamina.engine.ties import sharing
 from lamina.model import PeftModel, loading
 from lamina.model.vocabulary import grown
+from lamina.stages.configs import refuse_edited_config
 from lamina.stages.merged_files import files_beside, refuse_sources
 from lamina.stages.merged_in_memory import Request
 from lamina.stages.merged_skeleton import (
@@ -97,6 +98,7 @@ def prepare(asked: Request) -> Prepared:
     file = read_adapter(asked.path, **hub)
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     record = record_of(file.config, shapes, file.metadata, source=file.source)
+    refuse_edited_config(file, record)
     if asked.base is not None:
         file.config.base_model_name_or_path, file.config.revision = asked.base, None
     base = directory_of(file, hub)

@@ -13,7 +13,7 @@ from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, reco
 from lamina.checkpoint.record import StageRecord, read_record
 from lamina.config import LoraConfig, PeftConfig
 from lamina.errors import LaminaError, RecordError
-from lamina.stages.lamination import scaling_of
+from lamina.stages.configs import scaling_of
 
 _MAGNITUDE = "lora_magnitude_vector"
 

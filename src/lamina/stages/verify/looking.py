@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lamina.stages.bases import base_faults, base_remarks, describe_base
+from lamina.stages.configs import config_faults
 from lamina.stages.likeness import base_likeness, updates_in_file
 from lamina.stages.tokenizers import (
     template_remark,
@@ -14,7 +15,6 @@ from lamina.stages.tokenizers import (
     tokenizer_remarks,
     with_tokenizer,
 )
-from lamina.stages.verify.configs import config_faults
 from lamina.stages.verify.contents import Contents
 from lamina.stages.verify.findings import Findings
 from lamina.stages.verify.report import Cause
@@ -87,7 +87,7 @@ def _look_at_record(findings: Findings, contents: Contents) -> None:
 def _look_at_config(findings: Findings, contents: Contents) -> None:
     if not contents.whole:
         return
-    found = config_faults(contents.file, contents.record)
+    found = config_faults(contents.file, contents.record, targets=True, alike=False)
     for fault in found.faults[:_SHOWN]:
         findings.failed("config", fault)
     if found.faults:
