@@ -179,8 +179,12 @@ def test_what_is_unknown_is_shown_with_what_would_do(tmp_path: Path) -> None:
     assert "its columns: instructions, output" in told
     assert '{instructions: "QQQ' in told
     assert "QQQ..., output" in told
-    assert "alpaca needs instruction, output" in told
+    assert "as alpaca: instruction, output" in told
     assert error.value.cure == "columns: {instruction: instructions}"
+    path = jsonl(tmp_path / "b.jsonl", [{"question": "Q", "Reply": "A"}])
+    with pytest.raises(DataError) as error:
+        read(path, "sft")
+    assert error.value.cure == "columns: {prompt: question, completion: Reply}"
 
 
 def test_what_can_be_two_things_is_not_guessed(tmp_path: Path) -> None:

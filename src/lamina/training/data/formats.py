@@ -118,6 +118,15 @@ _SAYS_MORE = {
     "prompt_completion": ("prompt_only",),
     "preference": ("prompt_only", "sharegpt"),
 }
+# What others call the same, for hints only.
+_MEANS = {
+    "prompt": ("question", "query", "input", "instruction", "problem", "user", "context"),
+    "completion": ("answer", "response", "reply", "output", "target", "assistant", "solution"),
+    "text": ("content", "document", "body", "article"),
+    "messages": ("conversation", "dialog", "dialogue", "chat"),
+    "chosen": ("preferred", "accepted", "winner", "better"),
+    "rejected": ("refused", "loser", "worse"),
+}
 _WHY_NOT = {
     ("sft", "preference"): "sft learns one answer: say format: prompt_completion and "
     "columns: {completion: chosen}",
@@ -255,7 +264,7 @@ def _choose(
         f"{data.path} is laid out as nothing that {method} knows.",
         faults=[
             *_seen(columns, rows),
-            *(f"{name} needs {FORMATS[name].told}" for name in LEARNS_FROM[method]),
+            *(f"as {name}: {FORMATS[name].told}" for name in LEARNS_FROM[method]),
         ],
         cure=_cure(LEARNS_FROM[method], columns),
     )
@@ -291,9 +300,17 @@ def _cure(names: Sequence[str], columns: Sequence[str]) -> str:
         return "columns: {expected: there}"
     need = max(needs, key=lambda each: sum(_likeness(name, columns) for name in each) / len(each))
     free = [name for name in columns if name not in need]
-    pairs = [f"{n}: {(nearest(n, free) or ['...'])[0]}" for n in need if n not in columns]
+    pairs = [f"{name}: {_meaning(name, free)}" for name in need if name not in columns]
     return f"columns: {{{', '.join(pairs) or 'expected: there'}}}"
 
 
 def _likeness(name: str, columns: Sequence[str]) -> float:
+    if name in columns or any(each.lower() in _MEANS.get(name, ()) for each in columns):
+        return 1.0
     return max(SequenceMatcher(None, name, each).ratio() for each in columns)
+
+
+def _meaning(name: str, free: Sequence[str]) -> str:
+    """The column that a name stands for: one that means the same, or is spelled like it."""
+    same = [each for each in free if each.lower() in _MEANS.get(name, ())]
+    return (same or nearest(name, free) or ["..."])[0]
