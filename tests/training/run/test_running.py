@@ -130,9 +130,24 @@ def test_a_stage_that_is_gone_is_run_again(folder: Path) -> None:
 def test_a_stage_that_somebody_changed_is_not_overwritten(folder: Path) -> None:
     file = folder / "out" / "a" / "adapter_config.json"
     file.write_text(file.read_text().replace('"r": 4', '"r": 5'))
-    with pytest.raises(lamina.RunError, match=r"adapter_config\.json was changed"):
-        statuses(folder)
+    for changes in ((), ("stages.a.lora_r=2",)):
+        with pytest.raises(lamina.RunError, match=r"a: adapter_config\.json was changed"):
+            statuses(folder, *changes)
     assert '"r": 5' in file.read_text()
+
+
+def test_an_adapter_of_others_is_not_overwritten(folder: Path) -> None:
+    (folder / "out" / "run.json").unlink()
+    with pytest.raises(lamina.RunError, match="this run didn't save"):
+        statuses(folder)
+
+
+def test_a_launcher_of_several_processes_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(lamina.PlanError, match="one process"):
+        statuses(folder)
 
 
 def test_two_runs_are_kept_out_of_one_directory(folder: Path) -> None:
@@ -249,6 +264,76 @@ def test_b_learns_faster_with_loraplus(finished: Path, tmp_path: Path) -> None:
         tensors = plans.tensors(plans.run(path).path)
         sizes[ratio] = torch.cat([t.flatten() for n, t in tensors.items() if "lora_B" in n])
     torch.testing.assert_close(sizes[8], 8 * sizes[1], rtol=1e-3, atol=1e-7)
+
+
+def test_a_run_that_is_moved_finds_its_best_step(finished: Path, tmp_path: Path) -> None:
+    stage = {
+        **STAGES[0],
+        "max_steps": 30,
+        "eval_fraction": 0.25,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "early_stopping_patience": 4,
+        "learning_rate": 3.0,
+    }
+
+    class Stopping(Told):
+        def step(self, name: str, step: int, steps: int) -> None:
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    path = plans.write_plan(tmp_path, [stage], base=finished / "base")
+    whole = plans.run(path, f"output_dir={tmp_path / 'whole'}")
+    assert plans.run(path, console=Stopping()).interrupted
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = plans.run(path, f"output_dir={tmp_path / 'moved'}")
+    assert moved.stages[0].status == "resumed"
+    for name, tensor in plans.tensors(moved.path).items():
+        assert torch.equal(tensor, plans.tensors(whole.path)[name])
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
+    "{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def test_what_the_assistant_says_alone_is_learned(finished: Path, tmp_path: Path) -> None:
+    """What the user says decides nothing but what comes before: its loss has no part."""
+    from tests.ecosystem import texts
+
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": texts.sentence(row)},
+                {"role": "assistant", "content": texts.sentence(row + 6, 3)},
+            ]
+        }
+        for row in range(8)
+    ]
+    plans.write_rows(tmp_path / "talk.jsonl", rows)
+    stage = {
+        "name": "talk",
+        "method": "sft",
+        "datasets": "talk.jsonl",
+        "assistant_only_loss": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+    }
+    path = plans.write_plan(tmp_path, [stage], base=finished / "base", chat_template=CHAT)
+    plans.run(path)
+    base, tokenizer = models.tiny_llama(), texts.tokenizer()
+    expected = []
+    for row in rows:
+        said = [tokenizer(m["content"]).input_ids for m in row["messages"]]
+        ids = torch.tensor([said[0] + said[1]])
+        with torch.no_grad():
+            likely = torch.log_softmax(base(input_ids=ids).logits, -1)
+        start = len(said[0])
+        picked = likely[0, start - 1 : -1].gather(1, ids[0, start:, None])
+        expected.append(-picked.flatten())
+    loss = plans.log_of(tmp_path, "talk")[0]["loss"]
+    assert loss == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lamina.training.run.checkpoints import seal
+from lamina.training.run.state import write_whole
+
 _FILE = "trainer_state.json"
 _STOPPING = "EarlyStoppingCallback"
+
+
+def relocate(checkpoint: Path, stage_hash: str) -> None:
+    """Let a checkpoint of a run that was moved find the best one where it lies now.
+
+    A trainer that can't find the best checkpoint goes without it.
+    """
+    file = checkpoint / _FILE
+    told = json.loads(file.read_text())
+    best = told.get("best_model_checkpoint")
+    here = checkpoint.parent / Path(best).name if best else None
+    if here is None or str(here) == best or not here.is_dir():
+        return
+    write_whole(file, json.dumps({**told, "best_model_checkpoint": str(here)}, indent=2) + "\n")
+    seal(checkpoint, stage_hash)
 
 
 @dataclass(frozen=True)

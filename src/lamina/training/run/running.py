@@ -115,6 +115,8 @@ def _check(plan: Plan) -> None:
         for stage in plan.stages
         if plan.settings_of(stage).gate is not None
     ]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        faults.append("several processes: a run is one process; start it without a launcher")
     if plan.evals:
         faults.append("evals: a run can't measure stages yet")
     if faults:
@@ -131,6 +133,7 @@ class _Run:
         self._tokenizer = load_tokenizer(plan, root)
         self._data = self._all_data()
         before = RunState.read(self._directory)
+        _check_ours(plan, self._directory, before)
         names = tuple(stage.name for stage in plan.stages)
         self._state = replace(before, order=names)
 
@@ -246,16 +249,29 @@ class _Run:
             return None
         if before.hash != own or not places.stage.is_dir():
             return None
-        found = adapter_digests(places.stage)
-        if found != before.files:
-            changed = sorted(name for name in before.files if found.get(name) != before.files[name])
-            raise RunError(
-                f"{places.stage} is not what this run saved there.",
-                faults=[f"{name} was changed since" for name in changed or sorted(found)],
-                cure="put the files back; or move the directory away, and the stage is run anew",
-            )
         remove_tree(places.work)
         return StageResult(places.name, str(places.stage), "kept", "", before.steps, before.metrics)
+
+
+def _check_ours(plan: Plan, directory: Path, state: RunState) -> None:
+    """What lies where stages are saved was saved there by this run, and not changed since."""
+    faults = []
+    for stage in plan.stages:
+        there = adapter_digests(directory / stage.name)
+        known = state.stages.get(stage.name)
+        if known is None and there:
+            faults.append(f"{stage.name}: there is an adapter that this run didn't save")
+        elif known is not None and known.status == "finished" and there:
+            names = sorted(known.files.keys() | there.keys())
+            changed = [name for name in names if known.files.get(name) != there.get(name)]
+            faults += [f"{stage.name}: {name} was changed since it was saved" for name in changed]
+    if faults:
+        raise RunError(
+            f"What lies in {directory} would be lost.",
+            faults=faults,
+            cure="put the files back; or move the stage's directory away, and it is run anew; or "
+            "give another output_dir",
+        )
 
 
 def _why(before: StageState | None, inputs: Inputs, own: str) -> str:

@@ -26,7 +26,7 @@ from lamina.training.run.callbacks import Checks, Following, check_trainable
 from lamina.training.run.checkpoints import newest, step_of
 from lamina.training.run.interrupts import Stop
 from lamina.training.run.log import Log
-from lamina.training.run.progress import Progress
+from lamina.training.run.progress import Progress, relocate
 from lamina.training.run.told import Told
 from lamina.training.trainers import METHODS, Job
 from lamina.training.trainers.arguments import arguments_for
@@ -129,6 +129,8 @@ def run_stage(task: Task, told: Told, stop: Stop) -> Outcome:
 def _run(task: Task, told: Told, stop: Stop) -> Outcome:
     checkpoint = newest(task.places.work, task.hash) if task.resume else None
     began = step_of(checkpoint) if checkpoint else 0
+    if checkpoint is not None:
+        relocate(checkpoint, task.hash)
     progress = Progress.of(checkpoint)
     model = _begin(task)
     if checkpoint is not None and progress.is_done(task.settings.early_stopping_patience):
