@@ -18,6 +18,7 @@ from lamina.cli.edit import edit
 from lamina.cli.env import env
 from lamina.cli.export import export
 from lamina.cli.flatten import flatten
+from lamina.cli.import_ import import_
 from lamina.cli.init import init
 from lamina.cli.inspect import inspect
 from lamina.cli.lineage import lineage
@@ -103,6 +104,7 @@ for _verb in (
     env,
 ):
     app.command()(_verb)
+app.command("import")(import_)
 app.command("as-peft", context_settings=PASS_ON)(as_peft)
 
 
