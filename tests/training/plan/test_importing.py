@@ -201,13 +201,14 @@ def test_a_script_is_read_and_never_run(tmp_path: Path) -> None:
     assert (chat.lora_r, chat.lora_alpha, chat.lora_target_modules) == (4, 8, ["q_proj"])
     assert (chat.learning_rate, chat.max_length, chat.num_train_epochs) == (3e-4, 99, 3.0)
     assert chat.trainer_args == {"tf32": True}
-    assert (dpo.learning_rate, dpo.beta, dpo.reference) == (1e-6, 0.3, "base")
+    assert (dpo.learning_rate, dpo.beta, dpo.reference) == (1e-6, 0.3, "parent")
     assert [(d.path, d.split) for s in (chat, dpo) for d in s.datasets or ()] == [
         ("talks.jsonl", "train"),
         ("owner/pairs", "train[:90%]"),
     ]
     notes = noted(found)
     assert "is computed, not written" in notes["SFTConfig(seed=)"]
+    assert "base is what the old ones did" in notes["ref_model"]
     assert ".map(...) is the script's own" in notes["train_dataset"]
 
 

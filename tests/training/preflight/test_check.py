@@ -191,3 +191,13 @@ def test_a_plan_made_in_python_has_no_lines() -> None:
     values["stages"][0]["lora_target_modules"] = ["nix"]
     (fault,) = check_plan(Plan.model_validate(values), root=".").faults
     assert fault.startswith("stages.domain.lora_target_modules")
+
+
+def test_a_shard_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "base").iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (fault,) = checked(PLAN, f"model_name_or_path={tmp_path}").faults
+    assert "1 of its 1 files of weights aren't there: model-00001-of-00001.safetensors" in fault

@@ -109,7 +109,7 @@ def _without_weights(plan: Plan) -> Iterator[str]:
         return
     if (folder / _INDEX).is_file():
         try:
-            shards = set(weight_map(folder / _INDEX).values())
+            shards = set(weight_map(folder / _INDEX, str(folder)).values())
         except LaminaError as error:
             yield error.what
             return

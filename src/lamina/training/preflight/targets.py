@@ -120,7 +120,8 @@ def _whole(base: Base, config: LoraConfig) -> int:
     """Entries of what is trained beside ranks: whole modules, and rows of embeddings."""
     asked = config.trainable_token_indices
     rows = sum(map(len, asked.values())) if isinstance(asked, dict) else len(asked or ())
-    return base.matching(config.modules_to_save or []) + rows * base.config.hidden_size
+    width: int = base.config.hidden_size
+    return base.matching(config.modules_to_save or []) + rows * width
 
 
 def _placed(document: Document, stage: int, told: str) -> Fault:

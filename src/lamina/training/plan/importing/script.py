@@ -223,8 +223,11 @@ class _Stage:
             return
         node = trainer.node("ref_model")
         if node is None or self._calls.literal(node) is None:
-            # Switched off, the trained adapter leaves the base; a merged parent is part of that.
-            self.draft.settings["reference"] = "base"
+            self.draft.settings["reference"] = "parent"
+            if not self.draft.new_adapter and (self.draft.parent or self.draft.follows):
+                told = "TRL compares with the adapter as it was loaded, and its old releases with "
+                cure = "reference: parent was put; base is what the old ones did"
+                self._note(self._line, "ref_model", f"{told}the base alone", cure)
         else:
             told = "the reference is an object of the script"
             self._note(self._line, "ref_model", told, "reference: parent, base or a stage")
