@@ -13,7 +13,7 @@ from lamina.training.plan.importing.draft import TRAINER_ARGUMENTS, Draft, Keys,
 _METHODS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo"}
 _FORMATS = {"completion": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}
 _DATA = {"path": "path", "name": "name", "split": "split", "revision": "revision"}
-_NOT_NEEDED = ("a run does without it", "nothing")
+_NOT_NEEDED = ("a run does without it", "nothing to do")
 _CURVES = ("only that curves go to wandb is carried over", "set WANDB_PROJECT and the like")
 _ACCELERATE = ("sharding is accelerate's", "accelerate config, then accelerate launch")
 _WEIGHT = ("TRL has it by another name", "trainer_args: {desirable_weight, undesirable_weight}")
@@ -70,12 +70,12 @@ _KEYS = Keys(
     },
     passed_on=TRAINER_ARGUMENTS,
     without={
-        "model_type": ("the base's config says its class", "nothing"),
-        "tokenizer_type": ("the tokenizer's files say its class", "nothing"),
+        "model_type": ("the base's config says its class", "nothing to do"),
+        "tokenizer_type": ("the tokenizer's files say its class", "nothing to do"),
         "dataset_prepared_path": _NOT_NEEDED,
         "strict": _NOT_NEEDED,
-        "pad_to_sequence_len": ("batches are padded to their longest example", "nothing"),
-        "eval_sample_packing": ("evaluation packs nothing", "nothing"),
+        "pad_to_sequence_len": ("batches are padded to their longest example", "nothing to do"),
+        "eval_sample_packing": ("evaluation packs nothing", "nothing to do"),
         "evals_per_epoch": ("evaluations are counted in steps", "give eval_steps"),
         "saves_per_epoch": ("checkpoints are counted in steps", "give save_steps"),
         "special_tokens": ("a plan changes no tokenizer", "save one with these tokens; name it"),
@@ -84,7 +84,7 @@ _KEYS = Keys(
         "fsdp": _ACCELERATE,
         "fsdp_config": _ACCELERATE,
         "hub_model_id": ("a run uploads nothing", "upload the last stage's directory"),
-        "resume_from_checkpoint": ("a run goes on by itself", "nothing"),
+        "resume_from_checkpoint": ("a run goes on by itself", "nothing to do"),
         "wandb_entity": _CURVES,
         "wandb_name": _CURVES,
         "wandb_watch": _CURVES,

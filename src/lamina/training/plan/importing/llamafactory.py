@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0,
     "gradient_checkpointing": True,
 }
-_NOT_NEEDED = ("a run does without it", "nothing")
+_NOT_NEEDED = ("a run does without it", "nothing to do")
 _KEYS = Keys(
     top={
         "model_name_or_path": "model_name_or_path",
@@ -67,25 +67,25 @@ _KEYS = Keys(
         "overwrite_cache": _NOT_NEEDED,
         "overwrite_output_dir": ("a run goes on where it stopped", "choose another output_dir"),
         "preprocessing_num_workers": _NOT_NEEDED,
-        "plot_loss": ("every run has a report with curves", "nothing"),
+        "plot_loss": ("every run has a report with curves", "nothing to do"),
         "eval_strategy": ("eval_steps alone says when", "give eval_steps"),
         "save_strategy": ("save_steps alone says when", "give save_steps"),
-        "save_only_model": ("checkpoints are for going on after a kill", "nothing"),
-        "resume_from_checkpoint": ("a run goes on by itself", "nothing"),
+        "save_only_model": ("checkpoints are for going on after a kill", "nothing to do"),
+        "resume_from_checkpoint": ("a run goes on by itself", "nothing to do"),
         "deepspeed": ("sharding is accelerate's", "accelerate config, then accelerate launch"),
         "fsdp": ("sharding is accelerate's", "accelerate config, then accelerate launch"),
         "template": (
             "templates have names in LLaMA-Factory only; the tokenizer's own is taken",
             "if that isn't it, give chat_template a Jinja file",
         ),
-        "pissa_convert": ("stages are saved as LoRA", "nothing"),
+        "pissa_convert": ("stages are saved as LoRA", "nothing to do"),
         "mask_history": ("all answers are trained on", "split the conversations"),
         "ref_model": ("the reference is the chain itself", "reference: parent, base or a stage"),
         "ref_model_adapters": (
             "the reference is the chain itself",
             "reference: parent, base or a stage",
         ),
-        "pissa_iter": ("it belongs to pissa_init", "nothing"),
+        "pissa_iter": ("it belongs to pissa_init", "nothing to do"),
     },
 )
 
