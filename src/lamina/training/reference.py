@@ -72,7 +72,13 @@ class Reference(nn.Module):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    # On a CPU bitsandbytes repacks the weights of a layer in place when that infers, and the layer
+    # can't be trained over any more.
+    training = [
+        module
+        for module in model.modules()
+        if module.training and not type(module).__module__.startswith("bitsandbytes.")
+    ]
     for module in training:
         module.training = False
     try:

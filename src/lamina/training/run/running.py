@@ -76,7 +76,7 @@ def run_plan(
         require(package, "train")
     folder = Path(root).expanduser().resolve()
     plan = _located(plan, folder)
-    with _surroundings(folder) as stop:
+    with _surroundings(plan, folder) as stop:
         _check(plan)
         check_plan(plan, document=document, root=folder).check()
         directory = Path(plan.output_dir)
@@ -86,14 +86,16 @@ def run_plan(
 
 
 @contextmanager
-def _surroundings(folder: Path) -> Iterator[Stop]:
+def _surroundings(plan: Plan, folder: Path) -> Iterator[Stop]:
     """Lamina's models are peft's to the trainers, and libraries keep quiet, inside."""
     with ExitStack() as stack:
         if not installed():
             install()
             stack.callback(uninstall)
         stack.enter_context(quiet())
-        stack.enter_context(importable(folder, Path.cwd()))
+        if any(plan.settings_of(stage).reward_functions for stage in plan.stages):
+            # Else a folder of results that is called as a library is would be taken for that.
+            stack.enter_context(importable(folder, Path.cwd()))
         yield stack.enter_context(stopped_by_signals())
 
 
