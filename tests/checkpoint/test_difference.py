@@ -134,6 +134,18 @@ def test_updates_of_other_shapes_are_refused() -> None:
         module_change("m", None, None)
 
 
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b", "blocks"),
+    [((6, 9), (12, 6, 1), 3), ((4, 9), (12, 3), 1), ((4,), (3, 4), 1)],
+)
+def test_factors_that_are_no_update_are_named(
+    shape_a: tuple[int, ...], shape_b: tuple[int, ...], blocks: int
+) -> None:
+    broken = Factors(torch.ones(shape_a), torch.ones(shape_b), 1.0)
+    with pytest.raises(ValueError, match="m: factors of shapes"):
+        module_change("m", broken, None, blocks=blocks)
+
+
 def test_tensors_trained_whole() -> None:
     one, other = torch.ones(4), torch.full((4,), 3.0)
     found = tensor_change("score.weight", one, other)

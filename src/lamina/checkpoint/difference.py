@@ -97,9 +97,12 @@ def module_change(
         built_on: b was built on a, so that its own space holds that of a: take D's for the angles.
 
     Raises:
-        ValueError: they are of different shapes.
+        ValueError: they are of different shapes, or their factors don't go together.
     """
-    a, b = (None if each is None else _update(each, blocks) for each in (one, other))
+    try:
+        a, b = (None if each is None else _update(each, blocks) for each in (one, other))
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from error
     if a is None and b is None:
         raise ValueError(f"{module} has no update on either side")
     if a and b and (_outer(a) != _outer(b)):
@@ -139,6 +142,10 @@ def tensor_change(name: str, one: torch.Tensor | None, other: torch.Tensor | Non
 
 def _update(factors: Factors, blocks: int) -> _Update:
     a, b = factors.A.double(), factors.B.double() * factors.scaling
+    matrices = a.dim() == b.dim() == 2
+    whole = min(a.dim(), b.dim()) >= 2 and b.shape[1] > 0 and a.shape[0] % b.shape[1] == 0
+    if not whole or (blocks > 1 and not matrices):
+        raise ValueError(f"factors of shapes {tuple(a.shape)} and {tuple(b.shape)} are no update")
     if blocks > 1:
         # Ranks are the outer dimension of A and the inner one of B.
         return _Update(b.unflatten(1, (-1, blocks)).permute(2, 0, 1), a.unflatten(0, (blocks, -1)))

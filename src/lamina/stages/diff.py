@@ -120,9 +120,9 @@ def diff(a: str | Path, b: str | Path) -> AdapterDifference:
             faults.append(str(error))
     if faults:
         raise CheckpointError(
-            f"{a} and {b} are adapters of different models.",
+            f"{a} and {b} can't be compared.",
             faults=faults[:8],
-            cure="compare adapters of one base",
+            cure="compare adapters of one base; `lamina doctor DIR` tells of damaged files",
         )
     names = sorted({**one.others, **other.others}, key=natural_order)
     return AdapterDifference(

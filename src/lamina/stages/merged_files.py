@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, LaminaError
+from lamina.storage.untrusted import read_json
 
 # What a saved model consists of; of an older one in the same place nothing may survive.
 MODEL_FILES = (
@@ -98,8 +99,8 @@ def copy_beside(base: Path, adapter: Path, target: Path) -> str | None:
 def _has_own_code(base: Path) -> bool:
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            found = json.loads((base / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_json(base / name)
+        except (LaminaError, ValueError):
             continue
         if isinstance(found, dict) and found.get("auto_map"):
             return True

@@ -47,7 +47,8 @@ def weight_map(index: Path, label: str) -> dict[str, str]:
             faults=faults or ["its weight_map is empty"],
             cure="don't use this adapter unless you know how its index came to be so",
         )
-    return table
+    # "./x" is the file x, and has one name only where files are compared by their names.
+    return {key: str(PurePosixPath(name)) for key, name in table.items()}
 
 
 def _shown(name: str) -> str:

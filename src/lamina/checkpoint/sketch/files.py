@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,8 +14,9 @@ import numpy as np
 from lamina.checkpoint.header import data_start, read_header
 from lamina.checkpoint.sketch.layout import names_as_loaded
 from lamina.checkpoint.sketch.sampling import Tensor, sketch
-from lamina.errors import CheckpointError, MissingFileError
+from lamina.errors import CheckpointError, LaminaError, MissingFileError
 from lamina.storage.shards import shard_names
+from lamina.storage.untrusted import read_json
 
 if TYPE_CHECKING:
     from lamina.checkpoint.record import Sketch
@@ -91,8 +91,8 @@ class FileWeights:
     def config(self) -> Mapping[str, Any]:
         """`config.json`; empty if there is none that can be read."""
         try:
-            found = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_json(self.directory / "config.json")
+        except (LaminaError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
