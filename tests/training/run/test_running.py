@@ -379,3 +379,20 @@ def test_peft_is_itself_again_after_a_run(finished: Path) -> None:
 
     run_plan(read_plan(finished / "plan.yaml"), root=finished)
     assert not issubclass(lamina.PeftModel, peft.PeftModel)
+
+
+def test_texts_that_are_packed_know_nothing_of_one_another(finished: Path, tmp_path: Path) -> None:
+    from tests.ecosystem import texts
+
+    stage = {"name": "packed", "method": "pt", "packing": True, "max_length": 33, "max_steps": 1}
+    path = plans.write_plan(tmp_path, [stage], base=finished / "base")
+    plans.run(path, "per_device_train_batch_size=8")
+    base, tokenizer = models.tiny_llama(), texts.tokenizer()
+    expected = []
+    for row in texts.texts():
+        ids = torch.tensor([[*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            likely = torch.log_softmax(base(input_ids=ids).logits, -1)
+        expected.append(-likely[0, :-1].gather(1, ids[0, 1:, None]).flatten())
+    loss = plans.log_of(tmp_path, "packed")[0]["loss"]
+    assert loss == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
