@@ -41,7 +41,7 @@ def opened(path: Path, **settings: Any) -> Source:
         ("a.csv", b'id,text\n1,t0\n2,"t1"\n'),
         ("a.tsv", b"id\ttext\n1\tt0\n2\tt1\n"),
         ("a.txt", b"\nt0\n\n \nt1"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "t0"}\n{"text": "t1"}')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "t0"}\n{"text": "t1"}', mtime=0)),
         ("a.csv.bz2", bz2.compress(b"text\nt0\nt1\n")),
     ],
 )
@@ -172,7 +172,7 @@ def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 no", "no Parquet file"),
         ("a.arrow", b"no", "no Arrow file"),
         ("a.jsonl.gz", b"no gzip", "can't be read"),
-        ("b.jsonl.gz", gzip.compress(b'{"text": "long enough"}')[:-12], "can't be read"),
+        ("b.jsonl.gz", gzip.compress(b'{"text": "long enough"}', mtime=0)[:-12], "can't be read"),
         ("a.md", b"\xff", "isn't UTF-8"),
     ],
 )
