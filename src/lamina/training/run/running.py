@@ -121,6 +121,8 @@ def _check(plan: Plan) -> None:
         faults.append("several processes: a run is one process; start it without a launcher")
     if plan.evals:
         faults.append("evals: a run can't measure stages yet")
+    if plan.prompts:
+        faults.append("prompts: a run can't let stages write yet")
     if faults:
         raise PlanError("The plan can't be run as it is.", faults=faults, cure="leave these out")
 
