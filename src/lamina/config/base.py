@@ -116,8 +116,8 @@ class PeftConfig:
             ConfigError: the adapter is not LoRA, or the values contradict each other.
         """
         told = values.get("peft_type")
-        # A member is a string too, the value of its own.
-        kind = str(told.value if isinstance(told, PeftType) else told)
+        # Of any library's enumeration a member means its value.
+        kind = str(told.value if isinstance(told, enum.Enum) else told)
         if told is not None and kind not in cls._kinds:
             raise ConfigError(
                 f"{source} is of type {values['peft_type']!r}; Lamina adapts models by LoRA only.",
