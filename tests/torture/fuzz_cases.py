@@ -53,12 +53,19 @@ def mutant(number: int, corpus: Path, folder: Path) -> Iterator[tuple[Case, Path
         done = {}
         more = mutators if of_base else _ANY
         for mutate in [first, *([rng.choice(more)] if rng.random() < 0.1 else [])]:
+            if not _only_files(path):
+                # A second change would wait for what the first has put in a file's place.
+                break
             told = _mutate(mutate, rng, path)
             if told is not None:
                 done[mutate.__name__] = told
         yield Case(number, kind, tuple(done), "; ".join(done.values())), path
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _only_files(path: Path) -> bool:
+    return all(each.is_file() or each.is_dir() for each in path.rglob("*"))
 
 
 def _kinds_for(mutate: Mutator) -> list[str]:
