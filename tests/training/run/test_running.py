@@ -396,15 +396,3 @@ def test_texts_that_are_packed_know_nothing_of_one_another(finished: Path, tmp_p
         expected.append(-likely[0, :-1].gather(1, ids[0, 1:, None]).flatten())
     loss = plans.log_of(tmp_path, "packed")[0]["loss"]
     assert loss == pytest.approx(float(torch.cat(expected).mean()), abs=1e-4)
-
-
-def test_what_a_run_does_not_do_yet_is_refused_and_not_passed_over(tmp_path: Path) -> None:
-    path = plans.write_plan(tmp_path, [{**STAGES[0], "gate": {"may_lose": {"x": 0.1}}}])
-    asked = {"evals": {"x": {"datasets": "x.txt"}}, "prompts": ["Once"]}
-    path.write_text(
-        path.read_text() + "\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in asked.items())
-    )
-    with pytest.raises(LaminaError) as caught:
-        plans.run(path)
-    assert [each.partition(": ")[0] for each in caught.value.faults] == ["a", "evals", "prompts"]
-    assert not (tmp_path / "out").exists()
