@@ -38,28 +38,6 @@ from tests.stages.chains import (
     ulps,
 )
 
-FOUR: list[tuple[str, str | None, LoraConfig | None]] = [
-    ("domain", None, llama_lora(target_modules="all-linear")),
-    ("chat", "stack", llama_lora(r=6, lora_alpha=6, target_modules=["q_proj", "embed_tokens"])),
-    ("polish", "continue", None),
-    (
-        "dpo",
-        "merge",
-        llama_lora(
-            r=5,
-            lora_alpha=7,
-            use_rslora=True,
-            target_modules=["o_proj", "v_proj"],
-            rank_pattern={"1.self_attn.v_proj": 3},
-        ),
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[PeftModel, Path]:
-    return run_chain(tmp_path_factory.mktemp("four"), FOUR)
-
 
 def together(parts: Path, names: list[str], build: Build = models.tiny_llama) -> Tensor:
     """What the real peft answers with all of these adapters active."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -77,6 +78,13 @@ class _Update:
 
     left: torch.Tensor
     right: torch.Tensor
+
+    @cached_property
+    def core(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Orthonormal bases of both sides, and the small matrix between them."""
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.mT)
+        return q_left, r_left @ r_right.mT, q_right
 
 
 def module_change(
@@ -167,16 +175,9 @@ def _minus(b: _Update | None, a: _Update | None) -> _Update:
     return _Update(torch.cat([b.left, -a.left], dim=-1), torch.cat([b.right, a.right], dim=-2))
 
 
-def _core(update: _Update) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Orthonormal bases of both sides, and the small matrix between them."""
-    q_left, r_left = torch.linalg.qr(update.left)
-    q_right, r_right = torch.linalg.qr(update.right.mT)
-    return q_left, r_left @ r_right.mT, q_right
-
-
 def _singular_values(update: _Update) -> torch.Tensor:
     """Blocks x ranks, largest first; what is rounding is 0."""
-    return _cleaned(torch.linalg.svdvals(_core(update)[1]), update)
+    return _cleaned(torch.linalg.svdvals(update.core[1]), update)
 
 
 def _cleaned(values: torch.Tensor, update: _Update) -> torch.Tensor:
@@ -186,7 +187,7 @@ def _cleaned(values: torch.Tensor, update: _Update) -> torch.Tensor:
 
 
 def _norm(update: _Update | None) -> float:
-    return 0.0 if update is None else float(_core(update)[1].norm())
+    return 0.0 if update is None else float(update.core[1].norm())
 
 
 def _cosine(a: _Update | None, b: _Update | None) -> float | None:
@@ -210,7 +211,7 @@ def _effective_rank(values: torch.Tensor) -> float:
 
 def _spaces(update: _Update) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Bases of the spaces of outputs and inputs, a matrix with orthonormal columns per block."""
-    q_left, core, q_right = _core(update)
+    q_left, core, q_right = update.core
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     outputs, inputs = [], []
     for index, values in enumerate(_cleaned(s, update)):

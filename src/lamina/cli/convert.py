@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from lamina.cli.arguments import Json
+from lamina.cli.arguments import Json, ReplaceAdapter
 from lamina.cli.merge import Dtype
 from lamina.cli.terminal import console, count_of, facts, print_json, some, span, table
 from lamina.errors import CheckpointError, ConfigError
@@ -29,9 +29,7 @@ def convert(
         typer.Option("--target", "-t", help="A name for target_modules; may be repeated."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the saved factors.")] = Dtype.FLOAT32,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in the output directory.")
-    ] = False,
+    force: ReplaceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Extract a LoRA adapter from what changed between two models, read tensor by tensor."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import Directory, Json, ReplaceAdapter, Revision, Subfolder
 from lamina.cli.terminal import console, facts, print_json
 from lamina.errors import StageError
 
@@ -26,9 +26,7 @@ def edit(
         Path | None,
         typer.Option("--output", "-o", help="Where the result is saved; in place if not given."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in the output directory.")
-    ] = False,
+    force: ReplaceAdapter = False,
     subfolder: Subfolder = None,
     revision: Revision = None,
     as_json: Json = False,

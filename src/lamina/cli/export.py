@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lamina.checkpoint.export.contents import Finding
 from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
-from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import Base, Directory, Json, Revision, Subfolder
 from lamina.cli.merge import Dtype
 from lamina.cli.terminal import console, count_of, facts, hush_loading, print_json, size, span
 from lamina.errors import ExportError
@@ -42,10 +42,7 @@ def export(  # noqa: PLR0913, PLR0917
     check: Annotated[
         bool, typer.Option("--check", help="Only say what it takes: exit code 0, or 1 if refused.")
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", "-b", help="The base's directory or hub id, if not as on record."),
-    ] = None,
+    base: Base = None,
     probe: Annotated[
         bool,
         typer.Option(help="Load the base given by --base, and compare answers before and after."),

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import (
+    AllowBaseMismatch,
+    Directory,
+    Json,
+    ReplaceAdapter,
+    Revision,
+    Subfolder,
+)
 from lamina.cli.terminal import (
     console,
     count_of,
@@ -52,12 +59,8 @@ def flatten(  # noqa: PLR0913, PLR0917
         str | None,
         typer.Option("--base", "-b", help="The base, to compare answers or for --approximate."),
     ] = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Take a base unlike the one on record.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the adapter in the output directory.")
-    ] = False,
+    allow_base_mismatch: AllowBaseMismatch = False,
+    force: ReplaceAdapter = False,
     subfolder: Subfolder = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -66,7 +69,8 @@ def flatten(  # noqa: PLR0913, PLR0917
     # It imports torch.
     from lamina.stages.flatten import flatten as put_together
 
-    hush_loading()
+    if base is not None:
+        hush_loading()
     report = put_together(
         directory,
         output,

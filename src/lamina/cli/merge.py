@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
-from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import AllowBaseMismatch, Base, Directory, Json, Revision, Subfolder
 from lamina.cli.terminal import console, facts, hush_loading, print_json, size
 
 if TYPE_CHECKING:
@@ -47,10 +47,7 @@ class Look(str, enum.Enum):
 def merge(  # noqa: PLR0913, PLR0917
     directory: Directory,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the model is saved.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", "-b", help="The base's directory or hub id, if not as on record."),
-    ] = None,
+    base: Base = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the saved weights; the base's if not given.")
     ] = None,
@@ -73,9 +70,7 @@ def merge(  # noqa: PLR0913, PLR0917
     ] = Look.AUTO,
     subfolder: Subfolder = None,
     revision: Revision = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Take a base unlike the one on record.")
-    ] = False,
+    allow_base_mismatch: AllowBaseMismatch = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into its base, tensor by tensor, and save an ordinary model."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lamina.cli.arguments import Directory, Json, Revision, Subfolder
+from lamina.cli.arguments import Base, Directory, Json, Revision, Subfolder
 from lamina.cli.terminal import console, facts, hush_loading, print_json
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ class LoadDtype(str, enum.Enum):
 
 def verify(
     directory: Directory,
-    base: Annotated[
-        str | None,
-        typer.Option("--base", "-b", help="The base's directory or hub id, if not as on record."),
-    ] = None,
+    base: Base = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="The tokenizer's directory or hub id; else that by adapter or base."),

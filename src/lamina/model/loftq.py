@@ -5,7 +5,6 @@ Source: arXiv:2310.08659.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lamina.engine.layers import LoraLayer
 from lamina.engine.names import adapted_layers
 from lamina.engine.weights import DenseWeight, OpaqueWeight
 from lamina.errors import AdapterNameError, InitialisationError, MissingFileError
-from lamina.storage.shards import shard_names
+from lamina.storage.shards import weight_map
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -166,8 +165,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
     """(tensor's name, file) of all tensors."""
     index = path / _INDEX
     if path.is_dir() and index.is_file() and not (path / _FILE).is_file():
-        shard_names(index, str(index))
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for name, shard in weight_map(index, str(index)).items():
             yield name, path / shard
         return
     file = path if path.suffix == ".safetensors" else path / _FILE
