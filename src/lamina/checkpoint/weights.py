@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,8 @@ _INDEX = "model.safetensors.index.json"
 class WeightsOnDisk(Mapping[str, torch.Tensor]):
     """name -> tensor of a directory with `model.safetensors`, whole or in shards.
 
-    A tensor is read when it is asked for, and kept by nobody.
+    A tensor is read when it is asked for, and kept by nobody; the file it is in stays open until
+    one in another file is asked for.
 
     Args:
         directory: as transformers saves a model.
@@ -31,6 +33,7 @@ class WeightsOnDisk(Mapping[str, torch.Tensor]):
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         self._files: dict[str, Path] = {}
+        self._opened: tuple[Path, Any] | None = None
         for path in self._shards():
             header, _ = read_header(path)
             twice = sorted(header.keys() & self._files.keys())
@@ -54,8 +57,11 @@ class WeightsOnDisk(Mapping[str, torch.Tensor]):
         )
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
+        path = self._files[name]
+        if self._opened is None or self._opened[0] != path:
+            # Opening a file reads the names of all its tensors: once, not for each of them.
+            self._opened = path, safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._opened[1].get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
