@@ -18,7 +18,8 @@ _HEAD = """# What was broken on purpose
 What is promised: a save, a merge, a flatten or an edit leaves the old directory or the new one,
 complete, whatever happens on the way; a file that is broken is refused with an error that says
 what is wrong with it; nothing in a file runs. This page says how that was tried, and what came
-out. It is written by a program from the figures of one run, `make torture`, and by nobody else;
+out. It is written by a program from the figures of `make torture`, each section from the last run
+that passed it (dates at the end), and by nobody else;
 `make test` does a small part of the same at every change.
 """
 
