@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK
 from lamina.errors import ExportError
 from lamina.stages.export import check_export, export
 from tests import models

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from lamina.checkpoint.export.contents import Finding
-from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK
 from lamina.cli.arguments import Base, Directory, Json, Revision, Subfolder
 from lamina.cli.merge import Dtype
 from lamina.cli.terminal import console, count_of, facts, hush_loading, print_json, size, span
 from lamina.errors import ExportError
 
 if TYPE_CHECKING:
+    from lamina.checkpoint.export.contents import Finding
     from lamina.checkpoint.probe import ProbeComparison
     from lamina.stages.export_report import ExportCheck, ExportReport
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
 from lamina.cli.arguments import AllowBaseMismatch, Base, Directory, Json, Revision, Subfolder
@@ -110,6 +109,8 @@ def _progress(*, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     if not shown or not errors.is_terminal:
         yield None
         return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
     columns = ("merging", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("merging", total=None)

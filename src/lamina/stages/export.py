@@ -14,7 +14,6 @@ import torch
 from lamina.checkpoint.adapter import WEIGHTS_NAME, AdapterFile
 from lamina.checkpoint.export.base_config import BaseConfig
 from lamina.checkpoint.export.contents import Contents, Finding, read_contents
-from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
 from lamina.checkpoint.export.registry import TARGETS, target_named
 from lamina.checkpoint.export.target import Options
 from lamina.checkpoint.export.updates import (
@@ -23,6 +22,7 @@ from lamina.checkpoint.export.updates import (
     loses_digits,
     read_updates,
 )
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK
 from lamina.checkpoint.probe import ProbeComparison
 from lamina.checkpoint.record import read_record
 from lamina.config import LoraConfig, PeftConfig

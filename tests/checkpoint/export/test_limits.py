@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from lamina.checkpoint.export.contents import Contents, read_contents, sort_contents
-from lamina.checkpoint.export.limits import (
-    VLLM_RANKS,
-    rank_flag,
-    vllm_faults,
-    vllm_notes,
-)
+from lamina.checkpoint.export.limits import vllm_faults, vllm_notes
+from lamina.checkpoint.export.vllm_ranks import VLLM_RANKS, rank_flag
 from tests.checkpoint.export import made
 
 

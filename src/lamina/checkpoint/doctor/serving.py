@@ -9,7 +9,8 @@ from lamina.checkpoint.doctor.evidence import StoredTensor
 from lamina.checkpoint.doctor.findings import Finding, Severity
 from lamina.checkpoint.doctor.registry import check
 from lamina.checkpoint.export.contents import Contents
-from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK, VLLM_RANKS, rank_flag, vllm_faults
+from lamina.checkpoint.export.limits import vllm_faults
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK, VLLM_RANKS, rank_flag
 from lamina.storage.misplaced import SAFETENSORS_NAME
 
 

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from lamina.checkpoint.export.contents import Contents, Finding
 from lamina.checkpoint.export.plain import plain_faults, some
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK, VLLM_RANKS, rank_flag
 
-# What `--max-lora-rank` may be, and what it is if it is not given.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_DEFAULT_RANK = 16
 # Heads that may be trained whole.
 _HEADS = ("classifier", "score")
 _MERGE = (
     "`lamina merge DIR -o MODEL` makes an ordinary model of it, to be served without an adapter"
 )
-
-
-def rank_flag(rank: int) -> int | None:
-    """The smallest `--max-lora-rank` that takes this rank; None above the largest."""
-    return next((limit for limit in VLLM_RANKS if rank <= limit), None)
 
 
 def vllm_faults(

@@ -11,8 +11,8 @@ import torch
 
 from lamina.checkpoint.export.base_config import BaseConfig
 from lamina.checkpoint.export.contents import Contents, Finding
-from lamina.checkpoint.export.limits import VLLM_DEFAULT_RANK
 from lamina.checkpoint.export.updates import Updates
+from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK
 from lamina.engine.compose import Factors
 
 
