@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from lamina.training.plan import Plan, StagePlan, json_schema
 from lamina.training.plan.aliases import OF_DATA, OF_PLAN, OF_SETTINGS
 from lamina.training.plan.explained import described, expected
-from lamina.training.plan.schema import BUILT_IN, LEARNING_RATES, Eval
+from lamina.training.plan.schema import BUILT_IN, LEARNING_RATES, Eval, Prompt
 from lamina.training.plan.settings import Data, Gate, Settings
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -96,6 +96,7 @@ def page() -> str:
     lines += table(Settings)
     lines += ["", "## Data: `datasets`, `eval_datasets`", "", *table(Data)]
     lines += ["", "## An eval", "", *table(Eval), "", "## A gate", "", *table(Gate)]
+    lines += ["", "## A prompt", "", *table(Prompt)]
     lines += [
         "",
         "## Other names",

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from lamina.training.plan.explained import described
-from lamina.training.plan.schema import Eval, Plan, StagePlan
+from lamina.training.plan.schema import Eval, Plan, Prompt, StagePlan
 from lamina.training.plan.settings import Data, Gate, Settings
 
 SCHEMA_NAME = "plan.schema.json"
-_PARTS: tuple[type[BaseModel], ...] = (Plan, StagePlan, Settings, Data, Eval, Gate)
+_PARTS: tuple[type[BaseModel], ...] = (Plan, StagePlan, Settings, Data, Eval, Prompt, Gate)
 
 
 def json_schema() -> dict[str, Any]:

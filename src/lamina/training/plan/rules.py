@@ -47,7 +47,7 @@ def faults_between(values: Any) -> Iterator[Fault]:
             yield from _of_method(where, stage, defaults, names[:place])
             yield from _of_data(where, stage, defaults)
             yield from _of_gate(where, stage, defaults, values.get("evals"))
-    yield from _of_evals(values.get("evals"))
+    yield from _of_evals(values.get("evals"), names)
 
 
 def _twice(names: list[Any]) -> Iterator[Fault]:
@@ -159,10 +159,14 @@ def _of_gate(
             yield (*where, "gate", "may_lose", name), told
 
 
-def _of_evals(evals: Any) -> Iterator[Fault]:
+def _of_evals(evals: Any, stages: list[Any]) -> Iterator[Fault]:
     for name, each in evals.items() if isinstance(evals, dict) else ():
         if not isinstance(each, dict):
             continue
+        stage = each.get("stage")
+        if stage is not None and stage not in stages:
+            told = f"there is no stage {stage!r}{hint(stage, [*filter(None, stages)])}"
+            yield ("evals", name, "stage"), told
         given = [key for key in ("datasets", "lm_eval") if each.get(key)]
         if len(given) != 1:
             told = "both" if given else "neither"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
+from lamina.training.plan.explained import Said
 from lamina.training.plan.settings import (
     Count,
     Datasets,
     Function,
+    Index,
     Mode,
     PlanPart,
     Settings,
@@ -61,17 +63,54 @@ class Eval(PlanPart):
         metric: "loss" (and perplexity), "accuracy" (of preferences: the chosen answer is likelier),
             "exact_match" (generation), or `package.module:function`.
         max_samples: the first so many examples.
-        max_length: tokens per example.
+        higher_is_better: of a function's values; of the other metrics it is known.
+        stage: whose task it is, for what later stages did to it; if not given, the stage in which
+            it got better most.
+        max_samples: the first so many examples.
+        max_length: tokens per example; longer ones are cut.
         max_new_tokens: of generation.
         lm_eval: tasks of the lm-eval harness, instead of data.
+        num_fewshot: examples that its tasks are shown; if not given, as many as a task says.
     """
 
     datasets: Datasets | None = None
     metric: Literal["loss", "accuracy", "exact_match"] | Function = "loss"
+    higher_is_better: bool = True
+    stage: Name | None = None
     max_samples: Count | None = None
     max_length: Count = 1024
     max_new_tokens: Count = 64
     lm_eval: Texts | None = None
+    num_fewshot: Index | None = None
+
+
+class Prompt(PlanPart):
+    """A text that base and stages go on with.
+
+    Attributes:
+        text: what they are asked.
+        chat: as a user's message, in the chat template; if not given, wherever there is a template.
+        max_new_tokens: of the answer.
+    """
+
+    text: str = Field(min_length=1)
+    chat: bool | None = None
+    max_new_tokens: Count = 64
+
+
+def _as_prompts(value: Any) -> Any:
+    """A text alone is a prompt without further settings."""
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list):
+        return value
+    return [{"text": each} if isinstance(each, str) else each for each in value]
+
+
+Prompts = Annotated[
+    list[Prompt],
+    BeforeValidator(_as_prompts, json_schema_input_type=str | list[str | Prompt]),
+    Said("a text, settings of a prompt, or a list of such", "lists of prompts"),
+]
 
 
 class StagePlan(Settings):
@@ -136,7 +175,7 @@ class Plan(PlanPart):
     report_to: Texts = Field(default_factory=list)
     defaults: Settings = Field(default_factory=Settings)
     evals: dict[Name, Eval] = Field(default_factory=dict)
-    prompts: list[str] = Field(default_factory=list)
+    prompts: Prompts = Field(default_factory=list)
     stages: list[StagePlan] = Field(min_length=1)
 
     def settings_of(self, stage: StagePlan) -> Settings:

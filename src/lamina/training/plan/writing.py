@@ -175,7 +175,7 @@ def _evals() -> Iterator[str]:
     yield "# evals:"
     yield "#   held_out:"
     defaults = {**_defaults_of(Eval), "datasets": "data/held_out.jsonl"}
-    yield from _settings(Eval, {}, defaults, "#     ", mark="", without=("lm_eval",))
+    yield from _settings(Eval, {}, defaults, "#     ", mark="", without=("lm_eval", "num_fewshot"))
     yield "# Data may have settings too: datasets: [{path: a.jsonl, weight: 0.5}]"
     data = {**_defaults_of(Data), "path": "data/held_out.jsonl"}
     yield from _settings(Data, {}, data, "#   ", mark="")

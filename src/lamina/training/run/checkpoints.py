@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lamina.storage.carry import sync_file
 from lamina.storage.staging import remove_tree
-from lamina.training.run.state import write_whole
+from lamina.storage.whole import write_whole
 
 _MARK = "lamina_complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lamina.training.run.state import write_whole
+from lamina.storage.whole import write_whole
 
 
 class Log:

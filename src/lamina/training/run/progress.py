@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lamina.storage.whole import write_whole
 from lamina.training.run.checkpoints import seal
-from lamina.training.run.state import write_whole
 
 _FILE = "trainer_state.json"
 _STOPPING = "EarlyStoppingCallback"

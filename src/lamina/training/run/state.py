@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lamina.errors import RunError
 from lamina.storage.atomic import ADAPTER_FILES
+from lamina.storage.whole import write_whole
 
 FILE = "run.json"
 FORMAT = 1
@@ -90,16 +90,6 @@ class RunState:
                 f"{file} can't be read: {error}.",
                 cure="delete it, and all stages are run anew; or give another output_dir",
             ) from error
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Put a text into a file so that at any instant the old one or the new one is there."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    beside.replace(file)
 
 
 def adapter_digests(directory: Path) -> dict[str, str]:
