@@ -152,6 +152,10 @@ class RunError(LaminaError, RuntimeError):
     """A run of a plan can't begin, or can't go on."""
 
 
+class GateError(RunError):
+    """A stage cost the evals more than its gate allows, and the run ends there."""
+
+
 class ProbeError(LaminaError, RuntimeError):
     """A model that takes tokens can't be asked any, so that its answers can't be compared."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lamina.errors import DataError
 from lamina.extras import require
-from lamina.training.data.files import place_of
+from lamina.training.plan.located import place_of
 from lamina.training.plan.settings import Settings
 
 _CONVERSATIONS = ("messages", "prompt", "chosen", "completion")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lamina.errors import DataError, nearest
 from lamina.training.data.reading import KINDS, kind_of
+from lamina.training.plan.located import is_pattern, place_of
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _SPLITS = {
@@ -25,15 +26,7 @@ _SPLITS = {
 # Beside data, not data; the last by `Dataset.save_to_disk`.
 _ABOUT = {"readme", "license", "licence", "changelog", "citation", "dataset_info", "dataset_infos"}
 _SAVED = {"state", "dataset_dict"}
-_PATTERN = re.compile(r"[*?\[]")
 _TAKEN = ", ".join(KINDS)
-
-
-def place_of(path: str, root: Path) -> Path:
-    """A path of a plan: beside the plan's file if it is there, else in the working directory."""
-    given = Path(path).expanduser()
-    beside = root / given
-    return beside if given.is_absolute() or _there(beside) or not _there(given) else given
 
 
 def is_hub_name(path: str) -> bool:
@@ -56,7 +49,7 @@ def find_files(path: str, split: str, root: Path) -> list[Path] | None:
     if place.is_dir():
         found = [each for each in sorted(place.rglob("*")) if _is_data(each, place)]
         return _of_split(path, _of_one_kind(path, place, found), split, place)
-    if _PATTERN.search(path):
+    if is_pattern(path):
         named = sorted(map(Path, glob.glob(str(place), recursive=True)))
         found = [each for each in named if each.is_file()]
         if not found:
@@ -66,10 +59,6 @@ def find_files(path: str, split: str, root: Path) -> list[Path] | None:
     if is_hub_name(path):
         return None
     raise _nothing_there(path, place)
-
-
-def _there(place: Path) -> bool:
-    return place.exists() or bool(_PATTERN.search(str(place)) and glob.glob(str(place)))
 
 
 def _is_data(file: Path, folder: Path) -> bool:

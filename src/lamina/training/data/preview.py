@@ -15,6 +15,7 @@ from lamina.extras import require
 from lamina.training.data.prepare import SourceReport, StageData, prepare
 from lamina.training.data.tokens import Sequences, Tokens, tokenize, tokenize_prompts
 from lamina.training.plan import Plan, StagePlan, read_plan
+from lamina.training.plan.located import located
 from lamina.training.plan.settings import Settings
 from lamina.training.run.base import load_tokenizer
 

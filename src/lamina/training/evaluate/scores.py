@@ -119,7 +119,7 @@ class Judged:
         scores: eval -> what it says.
         answers: to the plan's prompts.
         answers_hash: of what the answers depend on beside the model.
-        drift: of the modules that changed; none of the base.
+        drift: of the modules that changed; None of the base, and before it was measured.
         seconds: that judging took.
     """
 
@@ -127,7 +127,7 @@ class Judged:
     scores: Mapping[str, Measured] = field(default_factory=dict)
     answers: tuple[Answer, ...] = ()
     answers_hash: str = ""
-    drift: tuple[ModuleDrift, ...] = ()
+    drift: tuple[ModuleDrift, ...] | None = None
     seconds: float = 0.0
 
     def score(self, name: str) -> Score | None:
@@ -151,7 +151,9 @@ class Judged:
             scores=scores,
             answers=tuple(Answer(**each) for each in told["answers"]),
             answers_hash=told["answers_hash"],
-            drift=tuple(ModuleDrift(**each) for each in told["drift"]),
+            drift=None
+            if told["drift"] is None
+            else tuple(ModuleDrift(**each) for each in told["drift"]),
             seconds=told["seconds"],
         )
 

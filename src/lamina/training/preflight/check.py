@@ -9,6 +9,7 @@ import torch
 
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Document, Fault
+from lamina.training.plan.located import located
 from lamina.training.plan.reading import fault_lines
 from lamina.training.preflight.arguments import faults_of_arguments, faults_of_functions
 from lamina.training.preflight.base import Base, open_base
@@ -35,11 +36,14 @@ def check_plan(
     Args:
         plan: the plan, as `open_plan` reads it.
         document: with its lines, for messages.
-        root: the folder that paths of data and functions are looked for in first: that of the
-            plan's file if not given.
+        root: the folder that the base, data, templates and functions are looked for in first: that
+            of the plan's file if not given.
     """
     document = document or document_of(plan, "The plan")
     folder = Path(root) if root is not None else Path(document.source).expanduser().parent
+    written = plan.model_name_or_path
+    written = plan.model_name_or_path
+    plan = located(plan, folder)
     base, faults = open_base(plan, folder)
     data, wrong = look_at_data(plan, document, folder, base.tokenizer if base else None)
     faults += wrong
@@ -57,7 +61,7 @@ def check_plan(
         notes += _tight(needs)
     return PlanReport(
         source=document.source,
-        base=plan.model_name_or_path,
+        base=written,
         base_class=type(base.model).__name__ if base else None,
         base_parameters=base.parameters if base else None,
         stages=tuple(_stages(plan, base, adapters, data)),

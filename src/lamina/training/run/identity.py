@@ -74,6 +74,18 @@ def inputs_of(
     return found
 
 
+def base_identity(plan: Plan, template: str | None) -> str:
+    """What the answers of a plan's base depend on, but for the versions of libraries."""
+    names = [plan.model_name_or_path, plan.tokenizer_name_or_path or plan.model_name_or_path]
+    return digest(
+        {
+            **{name: getattr(plan, name) for name in _BASE},
+            "files": [_of_files(name) for name in names],
+            "chat_template": _text_digest(template),
+        }
+    )
+
+
 def digest(inputs: Mapping[str, Any]) -> str:
     """The hash of what `inputs_of` found."""
     text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, default=str)

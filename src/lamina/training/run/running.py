@@ -17,6 +17,7 @@ from lamina.storage.staging import remove_tree
 from lamina.training.data import StageData, prepare
 from lamina.training.plan import Plan, StagePlan
 from lamina.training.plan.document import Document
+from lamina.training.plan.located import located
 from lamina.training.preflight import check_plan
 from lamina.training.run.base import load_tokenizer
 from lamina.training.run.identity import Inputs, differences, digest, inputs_of
@@ -75,7 +76,9 @@ def run_plan(
     for package in ("trl", "datasets"):
         require(package, "train")
     folder = Path(root).expanduser().resolve()
-    plan = _located(plan, folder)
+    plan = located(plan, folder).model_copy(
+        update={"output_dir": str(Path(plan.output_dir).expanduser().resolve())}
+    )
     with _surroundings(plan, folder) as stop:
         _check(plan)
         check_plan(plan, document=document, root=folder).check()
@@ -97,17 +100,6 @@ def _surroundings(plan: Plan, folder: Path) -> Iterator[Stop]:
             # Else a folder of results that is called as a library is would be taken for that.
             stack.enter_context(importable(folder, Path.cwd()))
         yield stack.enter_context(stopped_by_signals())
-
-
-def _located(plan: Plan, folder: Path) -> Plan:
-    """The plan with its paths as they are found from anywhere."""
-    changes: dict[str, Any] = {"output_dir": str(Path(plan.output_dir).expanduser().resolve())}
-    for name in ("model_name_or_path", "tokenizer_name_or_path"):
-        written = getattr(plan, name)
-        here = folder / Path(written or "").expanduser()
-        if written and here.is_dir():
-            changes[name] = str(here)
-    return plan.model_copy(update=changes)
 
 
 def _check(plan: Plan) -> None:

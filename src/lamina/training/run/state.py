@@ -17,6 +17,36 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What a stage's gate says of it.
+
+    Attributes:
+        passed: whether the stage counts.
+        on_failure: what the gate does with a stage that doesn't: "stop", "rollback" or "retry".
+        faults: a sentence for every bound that was broken.
+        told: one for every bound that was kept.
+    """
+
+    passed: bool
+    on_failure: str
+    faults: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A try whose result the gate refused, and that was made again.
+
+    Attributes:
+        learning_rate: that it was made at.
+        faults: what it cost.
+    """
+
+    learning_rate: float
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageState:
     """What is known of one stage.
 
@@ -30,6 +60,11 @@ class StageState:
         steps: optimizer steps that it took.
         seconds: that it took, all runs together.
         why: what stopped it, where something did.
+        built_on: the stage that it was begun on; None is the base. A stage that was rolled back is
+            none that another is built on.
+        first: the hash of its first try; another one is told by `hash` only.
+        retries: the tries before the one that `hash` is of.
+        gate: what its gate says; None without one, or before it was judged.
     """
 
     status: Literal["running", "interrupted", "failed", "finished"]
@@ -41,6 +76,34 @@ class StageState:
     steps: int = 0
     seconds: float = 0.0
     why: str = ""
+    built_on: str | None = None
+    first: str = ""
+    retries: tuple[Retry, ...] = ()
+    gate: Judgement | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is finished, and its gate lets it be built on."""
+        return self.status == "finished" and (self.gate is None or self.gate.passed)
+
+    @property
+    def standing(self) -> str:
+        """The status, with what a gate made of a finished stage: "rolled back" or "refused"."""
+        if self.status != "finished" or self.gate is None or self.gate.passed:
+            return self.status
+        return "rolled back" if self.gate.on_failure == "rollback" else "refused"
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> StageState:
+        """Of its JSON."""
+        retries = tuple(
+            Retry(each["learning_rate"], tuple(each["faults"])) for each in told.get("retries", ())
+        )
+        gate = told.get("gate")
+        if gate is not None:
+            lists = {key: tuple(gate[key]) for key in ("faults", "told")}
+            gate = Judgement(**{**gate, **lists})
+        return cls(**{**told, "retries": retries, "gate": gate})
 
 
 @dataclass(frozen=True)
@@ -50,10 +113,23 @@ class RunState:
     Attributes:
         stages: name -> what is known of it.
         order: all stages of the plan.
+        base: as the plan names it.
     """
 
     stages: dict[str, StageState] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    base: str = ""
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The stages that the newest one that counts is made of, oldest first."""
+        ends = [name for name in self.order if name in self.stages and self.stages[name].counts]
+        found: list[str] = []
+        name: str | None = ends[-1] if ends else None
+        while name is not None and name not in found:
+            found.append(name)
+            name = self.stages[name].built_on if name in self.stages else None
+        return tuple(reversed(found))
 
     def having(self, name: str, stage: StageState) -> RunState:
         """With another state of one stage."""
@@ -63,6 +139,7 @@ class RunState:
         """Put it into `directory`, durably."""
         document = {
             "format": FORMAT,
+            "base": self.base,
             "order": list(self.order),
             "stages": {name: asdict(stage) for name, stage in self.stages.items()},
         }
@@ -83,8 +160,8 @@ class RunState:
             known = document["format"]
             if known != FORMAT:
                 raise ValueError(f"it has format {known}, this version reads {FORMAT}")
-            stages = {name: StageState(**each) for name, each in document["stages"].items()}
-            return cls(stages, tuple(document["order"]))
+            stages = {name: StageState.from_dict(each) for name, each in document["stages"].items()}
+            return cls(stages, tuple(document["order"]), document.get("base", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunError(
                 f"{file} can't be read: {error}.",

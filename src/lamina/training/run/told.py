@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lamina.training.evaluate.scores import Score
+from lamina.training.run.state import Judgement
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -14,8 +17,8 @@ class StageResult:
     Attributes:
         name: of the stage.
         path: its directory.
-        status: "trained", "resumed" (from a checkpoint), "kept" (it was finished before) or
-            "interrupted".
+        status: "trained", "resumed" (from a checkpoint), "kept" (it was finished before),
+            "interrupted", or "rolled back" (its gate refused it, and the run went on without it).
         why: what made it run again, or where it went on.
         steps: optimizer steps in all.
         metrics: as in its record.
@@ -48,6 +51,18 @@ class Told:
 
     def logged(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """A line of the log."""
+
+    def judging_begins(self, name: str, missing: Sequence[str]) -> None:
+        """The base, or a stage, is measured on these evals."""
+
+    def measured(self, name: str, eval_name: str, score: Score | None) -> None:
+        """What one of them says; None if it can't be measured on this model."""
+
+    def gate(self, name: str, judgement: Judgement) -> None:
+        """What a stage's gate says of it."""
+
+    def retried(self, name: str, learning_rate: float) -> None:
+        """A stage that its gate refused is made again at another learning rate."""
 
     def stage_ends(self, result: StageResult) -> None:
         """A stage is done, or was done before."""
