@@ -139,7 +139,7 @@ def preview(
     plan = read_plan(Path(path), changes)
     root = Path(path).expanduser().parent
     asked = _asked(plan, stages)
-    tokenizer = load_tokenizer(plan, root)
+    tokenizer = load_tokenizer(located(plan, root), root)
     return Preview(
         plan=str(path),
         tokenizer=plan.tokenizer_name_or_path or plan.model_name_or_path,

@@ -42,7 +42,6 @@ def check_plan(
     document = document or document_of(plan, "The plan")
     folder = Path(root) if root is not None else Path(document.source).expanduser().parent
     written = plan.model_name_or_path
-    written = plan.model_name_or_path
     plan = located(plan, folder)
     base, faults = open_base(plan, folder)
     data, wrong = look_at_data(plan, document, folder, base.tokenizer if base else None)
