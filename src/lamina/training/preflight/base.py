@@ -11,7 +11,7 @@ from torch import nn
 
 from lamina.checkpoint.structure import empty_model
 from lamina.engine.targets import find_all_linear_names
-from lamina.errors import LaminaError, nearest
+from lamina.errors import DataError, LaminaError, PlanError, nearest
 from lamina.storage.shards import weight_map
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Fault
@@ -51,27 +51,49 @@ class Base:
 
 
 def open_base(plan: Plan, root: Path) -> tuple[Base | None, list[Fault]]:
-    """Look at the base and its tokenizer; nothing is loaded but the config and the tokenizer."""
+    """Look at the base and its tokenizer; nothing is loaded but the config and the tokenizer.
+
+    Args:
+        plan: with its base as it is found from anywhere, see `plan.located`.
+        root: the folder of its file.
+    """
     faults: list[Fault] = []
-    tokenizer = None
-    where = "tokenizer_name_or_path" if plan.tokenizer_name_or_path else "model_name_or_path"
+    name = plan.model_name_or_path
+    model = None
     try:
-        tokenizer = load_tokenizer(plan, root)
-    except LaminaError as error:
-        faults.append(((where,), error.what))
-    try:
+        _refuse_missing(name)
         model = empty_model(
-            plan.model_name_or_path,
-            revision=plan.model_revision,
-            trust_remote_code=plan.trust_remote_code,
+            name, revision=plan.model_revision, trust_remote_code=plan.trust_remote_code
         )
     except LaminaError as error:
-        # Without a base there is no tokenizer either; that is one fault.
-        kept = faults if plan.tokenizer_name_or_path else []
-        told = f"{error.what}{_nearest(plan.model_name_or_path)}"
-        return None, [(("model_name_or_path",), told), *kept]
+        faults.append((("model_name_or_path",), f"{error.what}{_nearest(name, root)}"))
+    tokenizer = None
+    # Without a base there is no tokenizer either; that is one fault.
+    if model is not None or plan.tokenizer_name_or_path:
+        where = "tokenizer_name_or_path" if plan.tokenizer_name_or_path else "model_name_or_path"
+        try:
+            _refuse_missing(plan.tokenizer_name_or_path or name)
+            tokenizer = load_tokenizer(plan, root)
+        except DataError as error:
+            faults.append((("chat_template",), error.what.removeprefix("chat_template: ")))
+        except LaminaError as error:
+            faults.append(((where,), error.what))
+    if model is None:
+        return None, faults
     faults += [(("model_name_or_path",), told) for told in _without_weights(plan)]
     return _described(model, tokenizer), faults
+
+
+def _refuse_missing(name: str) -> None:
+    """Don't ask the hub for what can only be a folder.
+
+    Raises:
+        PlanError: it is a path, and no folder is there.
+    """
+    path = Path(name).expanduser()
+    spelled = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if spelled and not path.is_dir():
+        raise PlanError(f"There is no folder '{name}'")
 
 
 def _described(model: Any, tokenizer: Any) -> Base:
@@ -93,14 +115,15 @@ def _described(model: Any, tokenizer: Any) -> Base:
     )
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, root: Path) -> str:
     """What lies near a name that isn't there, if it is a path."""
     path = Path(name).expanduser()
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    models = [each.parent.name for each in path.parent.glob("*/config.json")]
-    close = nearest(path.name, models)
-    return f"; did you mean '{path.parent / close[0]}'?" if close else ""
+    for folder in dict.fromkeys((root / path.parent, path.parent)):
+        models = [each.parent.name for each in folder.glob("*/config.json")]
+        close = nearest(path.name, models)
+        if close and path.name != close[0]:
+            return f"; did you mean '{path.parent / close[0]}'?"
+    return ""
 
 
 def _without_weights(plan: Plan) -> Iterator[str]:
