@@ -93,9 +93,9 @@ class _Whole:
 class _Parted:
     """The hidden states of a batch, then logits of some of them.
 
-    Both are forwards of the whole model, so that whatever it does with logits is done: scaling, soft
-    caps. In the first its body runs, and its head sees one token; in the others its body gives what
-    it gave before.
+    Both are forwards of the whole model, so that whatever it does with logits is done: scaling,
+    soft caps. In the first its body runs, and its head sees one token; in the others its body gives
+    what it gave before.
     """
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
@@ -119,9 +119,7 @@ class _Parted:
     def read(self, ids: Tensor, mask: Tensor) -> None:
         """Take a batch in."""
         self._ids, self._given = ids.to(self._device), None
-        self._model(
-            input_ids=self._ids, attention_mask=mask.to(self._device), use_cache=False
-        )
+        self._model(input_ids=self._ids, attention_mask=mask.to(self._device), use_cache=False)
 
     def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
         """What is said at these places of the batch, places x vocabulary."""

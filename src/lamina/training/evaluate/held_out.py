@@ -1,0 +1,181 @@
+"""The held-out examples of an eval, read as a stage's are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lamina.errors import DataError, LaminaError
+from lamina.training.data import Examples, open_data, read_examples
+from lamina.training.data.chat import check_rendering, check_template
+from lamina.training.data.tokens import Sequences, tokenize
+from lamina.training.evaluate.likelihood import Labelled
+from lamina.training.plan import Plan
+from lamina.training.plan.schema import Eval
+from lamina.training.plan.settings import Data, Method, Settings
+
+# What of a stage's `trainer_args` says how its examples become tokens.
+_OF_TOKENS = ("chat_template_kwargs", "eos_token", "truncation_mode")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An eval that is to be prepared.
+
+    Attributes:
+        name: in the plan.
+        eval: what the plan says.
+        plan: of it.
+        tokenizer: with the plan's chat template.
+        root: the folder of the plan's file.
+    """
+
+    name: str
+    eval: Eval
+    plan: Plan
+    tokenizer: Any
+    root: Path
+
+    def settings(self, method: Method) -> Settings:
+        """How the stage whose task it is makes tokens of examples; without one, what is usual.
+
+        Masks are those of the stage that `stage` names if it is one of texts or conversations, else
+        of the plan's `defaults`.
+        """
+        named = next((each for each in self.plan.stages if each.name == self.eval.stage), None)
+        like = self.plan.defaults if named is None else self.plan.settings_of(named)
+        arguments = {k: v for k, v in (like.trainer_args or {}).items() if k in _OF_TOKENS}
+        masked = method == "sft" and (named is None or like.method == "sft")
+        return Settings(
+            method=method,
+            max_length=self.eval.max_length,
+            assistant_only_loss=like.assistant_only_loss if masked else None,
+            completion_only_loss=like.completion_only_loss if masked else None,
+            trainer_args=arguments or None,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of one entry of `datasets`, no more than the eval takes.
+
+    Attributes:
+        examples: as they were read.
+        dataset: those that are taken.
+        settings: how they become tokens.
+    """
+
+    examples: Examples
+    dataset: Any
+    settings: Settings
+
+
+def read_parts(asked: Asked, method: Method) -> list[Part]:
+    """All data of an eval, in the columns of a method.
+
+    Raises:
+        DataError: with all that is wrong with any of it.
+    """
+    parts: list[Part] = []
+    left = asked.eval.max_samples
+    for data, examples in zip(asked.eval.datasets or (), _read(asked, method), strict=True):
+        count = len(examples.dataset) if left is None else min(left, len(examples.dataset))
+        left = None if left is None else left - count
+        if count:
+            parts.append(_part(asked, data, examples, count, method))
+    return parts
+
+
+def _read(asked: Asked, method: Method) -> list[Examples]:
+    def read(data: Data) -> Examples:
+        _check(data)
+        return read_examples(open_data(data, asked.root), method)
+
+    return each_of(asked.eval.datasets or (), read)
+
+
+def _check(data: Data) -> None:
+    faults = []
+    if data.streaming:
+        faults.append("streaming: an eval is read whole; max_samples takes the first of it")
+    if data.weight is not None:
+        faults.append("weight: every example of an eval is measured once")
+    if faults:
+        raise DataError(f"{data.path} can't be measured on as asked.", faults=faults)
+
+
+def _part(asked: Asked, data: Data, examples: Examples, count: int, method: Method) -> Part:
+    dataset = examples.dataset.select(range(count))
+    settings = _meant(asked.settings(method), examples)
+    try:
+        check_rendering(dataset[0], asked.tokenizer, settings)
+        for example in dataset:
+            check_template(example, asked.tokenizer)
+    except DataError as error:
+        raise DataError(
+            f"{data.path}: {error.what}", faults=error.faults, cure=error.cure
+        ) from None
+    return Part(examples, dataset, settings)
+
+
+def _meant(settings: Settings, examples: Examples) -> Settings:
+    """Without masks that mean nothing to these examples: a mixture's texts have no assistant."""
+    columns = set(examples.dataset.column_names)
+    dropped: dict[str, Any] = {}
+    if "completion" not in columns:
+        dropped["completion_only_loss"] = None
+    if "messages" not in columns:
+        dropped["assistant_only_loss"] = None
+    return settings.model_copy(update=dropped)
+
+
+def sequences_of(parts: Iterable[Part], tokenizer: Any) -> Iterator[Sequences]:
+    """The tokens of examples, cut and masked as the trainer of the method does it."""
+    for part in parts:
+        length = part.settings.max_length
+        yield from tokenize(part.dataset, part.settings, tokenizer, max_length=length)
+
+
+def digest_of(sequences: Iterable[Labelled]) -> str:
+    """SHA-256 of tokens and of which of them count."""
+    told = hashlib.sha256()
+    for each in sequences:
+        told.update(f"{len(each.ids)}\0".encode())
+        told.update(each.ids.numpy().tobytes())
+        told.update(each.labels.numpy().tobytes())
+    return told.hexdigest()
+
+
+def each_of(asked: Iterable[Any], read: Callable[[Any], _T]) -> list[_T]:
+    """What `read` makes of each; all that it refuses is told together.
+
+    Raises:
+        DataError: with the faults of all.
+    """
+    found: list[_T] = []
+    errors: list[LaminaError] = []
+    for each in asked:
+        try:
+            found.append(read(each))
+        except LaminaError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        faults = [line for error in errors for line in lines_of(error)]
+        raise DataError("Its data can't be used.", faults=faults, cure=cure_of(errors))
+    return found
+
+
+def lines_of(error: LaminaError) -> list[str]:
+    """All that an error says, but how to mend it."""
+    return [error.what, *error.faults]
+
+
+def cure_of(errors: Iterable[LaminaError]) -> str | None:
+    """How to mend several."""
+    return "; ".join(dict.fromkeys(each.cure for each in errors if each.cure)) or None
