@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lamina.training.run.told import StageResult, Told
+from lamina.training.run.told import RunResult, StageResult, Told
 
 if TYPE_CHECKING:
-    from lamina.training.run.running import RunResult, run_plan
+    from lamina.training.run.running import run_plan
 
 __all__ = ["RunResult", "StageResult", "Told", "run_plan"]
 

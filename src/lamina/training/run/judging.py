@@ -114,7 +114,6 @@ class Judging:
             self._keep(stage, judged)
             if self._stop.asked:
                 break
-        judging.close()
         del judging
         gc.collect()
         if torch.cuda.is_available():

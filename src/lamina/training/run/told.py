@@ -34,6 +34,21 @@ class StageResult:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        path: the directory of the last stage that counts; "" if every one was rolled back.
+        stages: what became of each, as far as the run came.
+        interrupted: whether it was stopped; the same call goes on.
+    """
+
+    path: str
+    stages: tuple[StageResult, ...]
+    interrupted: bool = False
+
+
 class Told:
     """Hears of every event of a run, and does nothing."""
 
