@@ -69,7 +69,7 @@ def inputs_of(
     if reference is not None:
         found["reference stage"] = reference
     for name in settings.reward_functions or ():
-        found[f"source of {name}"] = _source_digest(name)
+        found[f"source of {name}"] = source_digest(name)
     found |= {f"version of {name}": found_version for name, found_version in _versions(settings)}
     return found
 
@@ -154,7 +154,8 @@ def _blocks(file: Path) -> Iterator[bytes]:
             yield opened.read(_BLOCK)
 
 
-def _source_digest(name: str) -> str:
+def source_digest(name: str) -> str:
+    """SHA-256 of the module of `package.module:function`; its version if it has no source."""
     module = importlib.import_module(name.partition(":")[0])
     try:
         return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
