@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.errors import CheckpointError, LaminaError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _BROKEN = frozenset({errno.EFBIG, errno.EIO, errno.EROFS})
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos \d+ vs \d+")
+# Bytes; a disk on which less is free is full.
+_LITTLE = 1 << 16
 
 
 @contextmanager
@@ -49,35 +54,68 @@ def is_read_only(folder: Path) -> bool:
         return False
 
 
-def _raise_for_disk(error: Exception, target: Path) -> None:
-    number = _system_number(error)
+@dataclass(frozen=True)
+class Refusal:
+    """What a disk has against being written.
+
+    Attributes:
+        what: the beginning of a sentence that goes on with "to ...".
+        cure: what mends it.
+        faults: what the system said, and how much room there is.
+    """
+
+    what: str
+    cure: str
+    faults: tuple[str, ...]
+
+
+def refusal(error: BaseException, target: Path) -> Refusal | None:
+    """What the disk of `target` has against being written, if that is what an error is about."""
+    number = _system_number(error, target)
     if number not in _FULL | _BROKEN:
-        return
+        return None
     if number in _FULL:
-        what, cure = "No space left to save", "free some space, or save to another disk"
+        what, cure = "No space left", "free some space"
     else:
-        what = f"{os.strerror(number)}: the disk refused to save"
-        cure = "mend the disk (or its limits: ulimit -f), or save to another one"
-    raise CheckpointError(
-        f"{what} '{target}'; what was there before is untouched.",
-        faults=[str(error), *_room(target)],
-        cure=cure,
-    ) from error
+        what = f"{os.strerror(number)}: the disk refused"
+        cure = "mend the disk (or its limits: ulimit -f)"
+    return Refusal(what, cure, (str(error), *_room(target)))
 
 
-def _system_number(error: Exception) -> int:
+def _raise_for_disk(error: Exception, target: Path) -> None:
+    found = refusal(error, target)
+    if found is not None:
+        raise CheckpointError(
+            f"{found.what} to save '{target}'; what was there before is untouched.",
+            faults=found.faults,
+            cure=f"{found.cure}, or save to another disk",
+        ) from error
+
+
+def _system_number(error: BaseException, target: Path) -> int:
     if isinstance(error, OSError) and error.errno:
         return error.errno
     # The safetensors writer has an error class of its own with the system's number in the text.
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else 0
+    found = re.search(r"(?:os error|because of errno) (\d+)", str(error))
+    if found:
+        return int(found[1])
+    # The writer of torch.save says only that it couldn't.
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+        return errno.ENOSPC if _is_full(target) else errno.EIO
+    return 0
+
+
+def _is_full(target: Path) -> bool:
+    return shutil.disk_usage(_nearest_folder(target)).free < _LITTLE
+
+
+def _nearest_folder(target: Path) -> Path:
+    return next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
 
 
 def _room(target: Path) -> list[str]:
     """How much room the disk has, where the system tells."""
-    folder = target
-    while not folder.is_dir():
-        folder = folder.parent
+    folder = _nearest_folder(target)
     try:
         status = os.statvfs(folder)
     except (AttributeError, OSError):

@@ -17,6 +17,7 @@ from lamina.training.preflight import check_plan
 from lamina.training.run.interrupts import Stop, stopped_by_signals
 from lamina.training.run.lock import locked
 from lamina.training.run.quiet import quiet
+from lamina.training.run.room import disk_faults_told
 from lamina.training.run.stages import Stages
 from lamina.training.run.told import RunResult, Told
 from lamina.training.trainers.functions import importable
@@ -68,7 +69,7 @@ def run_plan(
         check_plan(plan, document=document, root=folder).check()
         directory = Path(plan.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory):
+        with disk_faults_told(directory), locked(directory):
             return Stages(plan, folder, console or Told(), stop, resume=resume).all_of_them()
 
 
