@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lamina.errors import DataError, LaminaError
-from lamina.training.data import Examples, open_data, read_examples
+from lamina.training.data import Examples, Source, open_data, read_examples
 from lamina.training.data.chat import check_rendering, check_template
+from lamina.training.data.formats import find_layout
 from lamina.training.data.tokens import Sequences, tokenize
 from lamina.training.evaluate.likelihood import Labelled
 from lamina.training.plan import Plan
@@ -41,10 +44,10 @@ class Asked:
     root: Path
 
     def settings(self, method: Method) -> Settings:
-        """How the stage whose task it is makes tokens of examples; without one, what is usual.
+        """How the stage whose task it is makes tokens of examples.
 
-        Masks are those of the stage that `stage` names if it is one of texts or conversations, else
-        of the plan's `defaults`.
+        Masks are those of the stage that `stage` names if its method is sft; without such a name,
+        of the plan's `defaults`; where those say nothing, TRL's.
         """
         named = next((each for each in self.plan.stages if each.name == self.eval.stage), None)
         like = self.plan.defaults if named is None else self.plan.settings_of(named)
@@ -73,29 +76,51 @@ class Part:
     dataset: Any
     settings: Settings
 
+    def dropped(self) -> Iterator[dict[str, Any]]:
+        """Of each example, the columns that its format doesn't read."""
+        layout = self.examples.layout
+        rows = islice(self.examples.source.rows(), len(self.dataset))
+        for _, row in rows:
+            # Nothing else is left: a broken row would have been refused.
+            named = layout.named(row) if isinstance(row, dict) else {}
+            yield {name: named.get(name) for name in layout.dropped}
 
-def read_parts(asked: Asked, method: Method) -> list[Part]:
+
+def read_parts(asked: Asked, *methods: Method, masked: bool = True) -> list[Part]:
     """All data of an eval, in the columns of a method.
+
+    Args:
+        asked: the eval.
+        methods: each source is read for the first of them that its layout has something for.
+        masked: whether anything depends on which tokens are trained on.
 
     Raises:
         DataError: with all that is wrong with any of it.
     """
+
+    def read(data: Data) -> tuple[Examples, Method]:
+        _check(data)
+        source = open_data(data, asked.root)
+        method = _method(source, methods)
+        return read_examples(source, method), method
+
     parts: list[Part] = []
     left = asked.eval.max_samples
-    for data, examples in zip(asked.eval.datasets or (), _read(asked, method), strict=True):
+    for examples, method in each_of(asked.eval.datasets or (), read):
         count = len(examples.dataset) if left is None else min(left, len(examples.dataset))
         left = None if left is None else left - count
         if count:
-            parts.append(_part(asked, data, examples, count, method))
+            parts.append(_part(asked, examples, count, asked.settings(method), masked))
     return parts
 
 
-def _read(asked: Asked, method: Method) -> list[Examples]:
-    def read(data: Data) -> Examples:
-        _check(data)
-        return read_examples(open_data(data, asked.root), method)
-
-    return each_of(asked.eval.datasets or (), read)
+def _method(source: Source, methods: Sequence[Method]) -> Method:
+    rows = source.first()
+    for method in methods[1:] and methods:
+        with suppress(DataError):
+            find_layout(source.data, method, rows)
+            return method
+    return methods[0]
 
 
 def _check(data: Data) -> None:
@@ -108,23 +133,23 @@ def _check(data: Data) -> None:
         raise DataError(f"{data.path} can't be measured on as asked.", faults=faults)
 
 
-def _part(asked: Asked, data: Data, examples: Examples, count: int, method: Method) -> Part:
+def _part(asked: Asked, examples: Examples, count: int, settings: Settings, masked: bool) -> Part:
+    path = examples.source.data.path
     dataset = examples.dataset.select(range(count))
-    settings = _meant(asked.settings(method), examples)
+    settings = _meant(settings, examples if masked else None)
     try:
         check_rendering(dataset[0], asked.tokenizer, settings)
         for example in dataset:
             check_template(example, asked.tokenizer)
     except DataError as error:
-        raise DataError(
-            f"{data.path}: {error.what}", faults=error.faults, cure=error.cure
-        ) from None
+        what = f"{path}: {error.what}"
+        raise DataError(what, faults=error.faults, cure=error.cure) from None
     return Part(examples, dataset, settings)
 
 
-def _meant(settings: Settings, examples: Examples) -> Settings:
-    """Without masks that mean nothing to these examples: a mixture's texts have no assistant."""
-    columns = set(examples.dataset.column_names)
+def _meant(settings: Settings, examples: Examples | None) -> Settings:
+    """Without masks that mean nothing to these examples: a text has no assistant."""
+    columns = set(examples.dataset.column_names) if examples else set()
     dropped: dict[str, Any] = {}
     if "completion" not in columns:
         dropped["completion_only_loss"] = None

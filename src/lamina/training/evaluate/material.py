@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -30,3 +31,8 @@ class Material(Protocol):
 
     def measure(self, model: Any, tokenizer: Any, way: Way) -> Score | None:
         """A score; None if a model of this kind can't be measured so."""
+
+
+def share_error(share: float, count: int) -> float:
+    """The standard error of a share p of n examples, sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / count)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lamina.errors import LaminaError, PlanError
 from lamina.stages.tokenizers import describe_tokenizer
-from lamina.training.evaluate import losses
+from lamina.training.evaluate import exact, functions, losses, preferences
 from lamina.training.evaluate.held_out import Asked, cure_of, lines_of
 from lamina.training.evaluate.material import Material
 from lamina.training.plan import Plan
@@ -72,7 +72,7 @@ def prepare_evals(
 
 
 def _prepared(asked: Asked) -> Prepared:
-    material = _PREPARED_BY[asked.eval.metric](asked)
+    material = _PREPARED_BY.get(asked.eval.metric, functions.prepare)(asked)
     told = json.dumps(dict(_depends(asked, material)), sort_keys=True)
     return Prepared(asked.name, asked.eval, hashlib.sha256(told.encode()).hexdigest(), material)
 
@@ -87,4 +87,8 @@ def _depends(asked: Asked, material: Material) -> Iterator[tuple[str, Any]]:
         yield f"version of {package}", version(package)
 
 
-_PREPARED_BY: dict[str, Callable[[Asked], Material]] = {"loss": losses.prepare}
+_PREPARED_BY: dict[str, Callable[[Asked], Material]] = {
+    "loss": losses.prepare,
+    "accuracy": preferences.prepare,
+    "exact_match": exact.prepare,
+}
