@@ -1,0 +1,2 @@
+def card_of(f): return "x"
+def is_ours(f): return True

@@ -1,0 +1,232 @@
+"""All that is known of a run, from the files in its directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lamina.checkpoint.describe import AdapterDescription, describe_adapter
+from lamina.checkpoint.record import Base
+from lamina.errors import LaminaError, RunError
+from lamina.training.evaluate.scores import FILE as EVALUATION
+from lamina.training.evaluate.scores import Evaluation, Judged
+from lamina.training.plan.schema import NAME_PATTERN
+from lamina.training.report.curves import Curve, curve_of
+from lamina.training.run.lock import is_locked
+from lamina.training.run.state import FILE, RunState, StageState
+from lamina.training.run.status import log_file
+
+_NAME = re.compile(NAME_PATTERN)
+_NOT_COUNTED = ("rolled back", "refused")
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What is known of one stage.
+
+    Attributes:
+        name: of the stage.
+        number: its place in the plan, from 0.
+        state: what the run noted of it; None if it hasn't begun.
+        standing: "waiting", "running", "cut off" (killed while it ran), "interrupted", "failed",
+            "finished", "rolled back" or "refused".
+        mode: how it was, or is to be, begun: "fresh" on the base, else as in a plan; None if
+            nothing says.
+        built_on: the stage that it was begun on; None is the base.
+        in_chain: whether the end of the run holds it.
+        adapter: what lies in its directory; None if nothing that can be read does.
+        directory: that, or where it would be.
+        fault: why it can't be read, where something is there.
+        curve: what its log says.
+        judged: what was measured of it.
+    """
+
+    name: str
+    number: int
+    state: StageState | None
+    standing: str
+    mode: str | None
+    built_on: str | None
+    in_chain: bool
+    adapter: AdapterDescription | None
+    directory: Path
+    fault: str
+    curve: Curve
+    judged: Judged | None
+
+    @property
+    def is_dead_end(self) -> bool:
+        """Whether its gate refused it, so that nothing is built on it."""
+        return self.standing in _NOT_COUNTED
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What its result depends on."""
+        return self.state.inputs if self.state else {}
+
+    @property
+    def method(self) -> str | None:
+        """How it trains: "pt", "sft", "dpo" ..."""
+        found = self.inputs.get("method") or self.data.get("method")
+        return found if isinstance(found, str) else None
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """What it was trained on, as its record says."""
+        newest = self.adapter.chain.stages[-1] if self.adapter else None
+        return newest.data if newest is not None and isinstance(newest.data, dict) else {}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run.
+
+    Attributes:
+        directory: of the run.
+        name: the directory's own.
+        base_name: the base, as the plan or a record names it; None if nothing does.
+        base: what records say of it.
+        stages: in the plan's order.
+        chain: the stages that the end is made of, oldest first.
+        evaluation: what was measured.
+    """
+
+    directory: Path
+    name: str
+    base_name: str | None
+    base: Base
+    stages: tuple[StageFacts, ...]
+    chain: tuple[str, ...]
+    evaluation: Evaluation
+
+    def stage(self, name: str) -> StageFacts:
+        """One of them, by its name."""
+        return next(each for each in self.stages if each.name == name)
+
+    @property
+    def end(self) -> StageFacts | None:
+        """The last stage that counts; None if none does yet."""
+        return self.stage(self.chain[-1]) if self.chain else None
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether the end answers with a score, and not with tokens."""
+        return self.end is not None and self.end.method == "reward"
+
+
+def facts_of(directory: str | Path) -> RunFacts:
+    """Read a run's directory.
+
+    Raises:
+        RunError: there is no run, or its notes can't be understood.
+    """
+    folder = Path(directory).expanduser().resolve()
+    if not (folder / FILE).is_file():
+        raise RunError(f"There is no run in {folder}.", cure="lamina run plan.yaml begins one")
+    state = _checked(RunState, RunState.read(folder), folder / FILE)
+    evaluation = _checked(Evaluation, Evaluation.read(folder), folder / EVALUATION)
+    running = is_locked(folder)
+    described = {name: _described(folder, name) for name in state.order}
+    built_on = {name: _built_on(state, name, described[name][0]) for name in state.order}
+    chain = _chain(state, built_on)
+    stages = tuple(
+        StageFacts(
+            name=name,
+            number=number,
+            state=state.stages.get(name),
+            standing=_standing(state.stages.get(name), running),
+            mode=_mode(state.stages.get(name), described[name][0]),
+            built_on=built_on[name],
+            in_chain=name in chain,
+            adapter=described[name][0],
+            directory=folder / name if is_directory_name(name) else folder,
+            fault=described[name][1],
+            curve=curve_of(log_file(folder, name) if is_directory_name(name) else None),
+            judged=evaluation.stages.get(name),
+        )
+        for number, name in enumerate(state.order)
+    )
+    base = next((each.adapter.base for each in reversed(stages) if each.adapter), Base())
+    return RunFacts(
+        directory=folder,
+        name=folder.name,
+        base_name=state.base or base.name_or_path,
+        base=base,
+        stages=stages,
+        chain=chain,
+        evaluation=evaluation,
+    )
+
+
+def is_directory_name(name: str) -> bool:
+    """Whether a stage's name is one that a plan allows, which keeps to the run's directory."""
+    return bool(_NAME.match(name))
+
+
+def _checked(kind: Any, value: Any, file: Path) -> Any:
+    """Notes whose values are of the types that they should be: somebody else may have made them."""
+    try:
+        TypeAdapter(kind).validate_python(asdict(value))
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
+            for each in error.errors(include_url=False, include_input=False)
+        ]
+        raise RunError(f"{file} makes no sense.", faults=faults) from error
+    return value
+
+
+def _described(folder: Path, name: str) -> tuple[AdapterDescription | None, str]:
+    if not is_directory_name(name) or not (folder / name / "adapter_config.json").is_file():
+        return None, ""
+    try:
+        return describe_adapter(folder / name, look_for_zeros=False), ""
+    except LaminaError as error:
+        return None, error.what
+
+
+def _built_on(state: RunState, name: str, adapter: AdapterDescription | None) -> str | None:
+    """The stage below: as the record says, else as the run noted it, else the newest that counts."""
+    before = state.order[: state.order.index(name)]
+    known = state.stages.get(name)
+    if adapter is not None and adapter.has_record:
+        below = [each.name for each in adapter.chain.stages[:-1]]
+        told = below[-1] if below else None
+    elif known is not None:
+        told = known.built_on
+    else:
+        usable = [each for each in before if not _refused(state, each)]
+        told = usable[-1] if usable else None
+    return told if told in before else None
+
+
+def _refused(state: RunState, name: str) -> bool:
+    return name in state.stages and state.stages[name].standing in _NOT_COUNTED
+
+
+def _chain(state: RunState, built_on: Mapping[str, str | None]) -> tuple[str, ...]:
+    ends = [name for name in state.order if name in state.stages and state.stages[name].counts]
+    found: list[str] = []
+    name = ends[-1] if ends else None
+    while name is not None and name not in found:
+        found.append(name)
+        name = built_on.get(name)
+    return tuple(reversed(found))
+
+
+def _standing(state: StageState | None, running: bool) -> str:
+    if state is None:
+        return "waiting"
+    return "cut off" if state.status == "running" and not running else state.standing
+
+
+def _mode(state: StageState | None, adapter: AdapterDescription | None) -> str | None:
+    if adapter is not None and adapter.has_record:
+        return adapter.chain.stages[-1].mode
+    told = state.inputs.get("mode", "fresh") if state else None
+    return told if isinstance(told, str) else "fresh" if state else None

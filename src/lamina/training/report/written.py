@@ -1,0 +1,97 @@
+"""How numbers are written for people."""
+
+from __future__ import annotations
+
+import math
+
+MINUS, UNKNOWN = "\N{MINUS SIGN}", "–"
+
+
+def value(number: float | None) -> str:
+    """A score: three decimals, or three digits where that is more, or tells more."""
+    if number is None:
+        return UNKNOWN
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "∞" if number > 0 else f"{MINUS}∞"
+    size = abs(number)
+    if size >= 100_000 or 0 < size < 0.001:
+        return f"{number:.2e}".replace("-", MINUS)
+    return f"{number:,.{1 if size >= 1_000 else 2 if size >= 100 else 3}f}".replace("-", MINUS)
+
+
+def signed(number: float | None) -> str:
+    """A change: with its sign, and without one if it is none."""
+    if number is None or math.isnan(number):
+        return UNKNOWN
+    told = value(number)
+    if not any(digit in told for digit in "123456789∞"):
+        return told.removeprefix(MINUS)
+    return told if number < 0 else f"+{told}"
+
+
+def share(part: float | None, digits: int = 1) -> str:
+    """A share of something, in per cent."""
+    if part is None or math.isnan(part):
+        return UNKNOWN
+    if math.isinf(part):
+        return "∞"
+    return f"{100 * part:.{digits}f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS)
+
+
+def span(seconds: float) -> str:
+    """A span of time: `4.2 s`, `3:20 min`, `2:05 h`."""
+    if not seconds:
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes}:{int(seconds % 60):02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit that suits them: `52.1 KiB`."""
+    if count is None:
+        return UNKNOWN
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def short(count: float | None) -> str:
+    """A large number in three digits: `135M`."""
+    if count is None:
+        return UNKNOWN
+    for unit in ("", "K", "M", "B"):
+        if abs(count) < 999.5 or unit == "B":
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def whole(count: int | None) -> str:
+    """An integer with its thousands apart."""
+    return UNKNOWN if count is None else f"{count:,}"
+
+
+def ranks(least_and_most: tuple[int, int]) -> str:
+    """`8`, or `4–8` where modules differ."""
+    least, most = least_and_most
+    return str(least) if least == most else f"{least}–{most}"
+
+
+def count_of(number: int, thing: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def joined(names: list[str], most: int = 3) -> str:
+    """`a`, `a and b`, `a, b, c and 2 more`."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
