@@ -11,7 +11,7 @@ from lamina.storage.whole import write_whole
 from lamina.training.run.checkpoints import seal
 
 _FILE = "trainer_state.json"
-_STOPPING = "EarlyStoppingCallback"
+_STOPPING, _TOKENS = "EarlyStoppingCallback", "Tokens"
 
 
 def relocate(checkpoint: Path, stage_hash: str) -> None:
@@ -39,6 +39,7 @@ class Progress:
         history: the entries of the log.
         best: the checkpoint with the best evaluation, where one is looked for.
         waited: evaluations without a better loss.
+        tokens: that were trained on, where the trainer counts them.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class Progress:
     history: tuple[dict[str, Any], ...] = ()
     best: Path | None = None
     waited: int = 0
+    tokens: int = 0
 
     @classmethod
     def of(cls, checkpoint: Path | None) -> Progress:
@@ -53,8 +55,6 @@ class Progress:
         if checkpoint is None:
             return cls()
         told = json.loads((checkpoint / _FILE).read_text())
-        stopping = told.get("stateful_callbacks", {}).get(_STOPPING, {})
-        stopping = stopping[-1] if isinstance(stopping, list) else stopping
         best = told.get("best_model_checkpoint")
         return cls(
             step=told["global_step"],
@@ -62,7 +62,8 @@ class Progress:
             history=tuple(told["log_history"]),
             # The run may have been moved; its checkpoints lie beside one another.
             best=checkpoint.parent / Path(best).name if best else None,
-            waited=stopping.get("attributes", {}).get("early_stopping_patience_counter", 0),
+            waited=_kept(told, _STOPPING).get("early_stopping_patience_counter", 0),
+            tokens=_kept(told, _TOKENS).get("counted", 0),
         )
 
     def is_done(self, patience: int | None) -> bool:
@@ -70,3 +71,11 @@ class Progress:
         return bool(self.step) and (
             self.step >= self.steps or (patience is not None and self.waited >= patience)
         )
+
+
+def _kept(told: dict[str, Any], callback: str) -> dict[str, Any]:
+    """What a callback keeps in checkpoints."""
+    found = told.get("stateful_callbacks", {}).get(callback, {})
+    found = found[-1] if isinstance(found, list) else found
+    kept: dict[str, Any] = found.get("attributes", {})
+    return kept
