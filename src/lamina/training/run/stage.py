@@ -245,7 +245,7 @@ def _save(task: Task, model: PeftModel, metrics: dict[str, float]) -> str | None
             "rows": data.rows,
             "digest": data.digest,
             "sources": [
-                {"path": each.path, "rows": each.rows, "digest": each.digest}
+                {"path": each.path, "rows": each.rows, "digest": each.digest, "hub": not each.files}
                 for each in data.sources
             ],
         },
