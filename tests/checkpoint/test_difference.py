@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.checkpoint.difference import module_change, tensor_change
+from lamina.checkpoint.difference import (
+    effective_rank,
+    module_change,
+    tensor_change,
+    update_size,
+)
 from lamina.engine.compose import Factors, concatenate
 
 
@@ -152,3 +157,27 @@ def test_tensors_trained_whole() -> None:
     assert (found.norm_a, found.norm_b, found.norm_change) == (2, 6, 4)
     assert tensor_change("t", one, None).norm_change is None
     assert tensor_change("t", one, torch.ones(5)).norm_change is None
+
+
+def test_an_update_beside_another_shares_the_squared_cosine_of_their_angle() -> None:
+    one, other = factors(2, 0), factors(3, 1)
+    found = update_size(other, one)
+    change = module_change("m", one, other)
+    values = np.linalg.svd(dense(other), compute_uv=False)[:3]
+    shares = values / values.sum()
+    assert found.norm == pytest.approx(np.linalg.norm(dense(other)))
+    assert found.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert found.rank == 3
+    for share, angle in (
+        (found.output_overlap, change.output_angle),
+        (found.input_overlap, change.input_angle),
+    ):
+        assert angle is not None
+        assert share == pytest.approx(math.cos(math.radians(angle)) ** 2)
+    alone = update_size(factors(12, 2))
+    assert (alone.rank, alone.output_overlap, alone.input_overlap) == (9, None, None)
+
+
+def test_the_effective_rank_of_a_dense_matrix() -> None:
+    assert effective_rank(torch.eye(5)[:, :3]) == pytest.approx(3)
+    assert effective_rank(torch.zeros(2, 2)) == 0

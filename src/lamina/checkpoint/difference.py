@@ -56,6 +56,29 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
+class UpdateSize:
+    """How large an update is, and how much it has in common with what was there before.
+
+    Of several matrices, the norm is over all of them, the rest the mean.
+
+    Attributes:
+        norm: Frobenius norm; what is only rounding of files in fp32 counts as 0.
+        effective_rank: as in `ModuleChange`.
+        rank: of the factors, or that of any matrix of this shape, if that is less.
+        output_overlap: |U_1^T U_2|_F^2 / min(rank_1, rank_2) of orthonormal bases U of the spaces
+            of outputs, 0 to 1: the share of the smaller space that lies in the other, cos^2 of the
+            angle in `ModuleChange`. None if one of them is 0.
+        input_overlap: likewise, of inputs.
+    """
+
+    norm: float
+    effective_rank: float
+    rank: int
+    output_overlap: float | None
+    input_overlap: float | None
+
+
+@dataclass(frozen=True)
 class TensorChange:
     """How a tensor that is no factor differs: one trained whole, a bias, a magnitude.
 
@@ -132,6 +155,37 @@ def module_change(
         output_angle=angles[0],
         input_angle=angles[1],
     )
+
+
+def update_size(update: Factors, before: Factors | None = None, *, blocks: int = 1) -> UpdateSize:
+    """Measure an update of a module, and lay it beside another.
+
+    Args:
+        update: scaling * B @ A.
+        before: of the same module.
+        blocks: experts that lie side by side in the factors.
+
+    Raises:
+        ValueError: the factors don't go together.
+    """
+    own = _update(update, blocks)
+    values = _singular_values(own)
+    shared: list[float | None] = [None, None]
+    if before is not None:
+        mine, theirs = _spaces(own), _spaces(_update(before, blocks))
+        shared = [_mean(_shared(mine[side], theirs[side])) for side in (0, 1)]
+    return UpdateSize(
+        norm=float(values.norm()),
+        effective_rank=_effective_rank(values),
+        rank=min(own.left.shape[-2], own.left.shape[-1], own.right.shape[-1]),
+        output_overlap=shared[0],
+        input_overlap=shared[1],
+    )
+
+
+def effective_rank(matrix: torch.Tensor) -> float:
+    """That of one dense matrix, from all of its singular values."""
+    return _effective_rank(torch.linalg.svdvals(matrix.double())[None])
 
 
 def tensor_change(name: str, one: torch.Tensor | None, other: torch.Tensor | None) -> TensorChange:
@@ -222,10 +276,20 @@ def _spaces(update: _Update) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _angle(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float | None:
-    angles = []
+    shares = _shared(one, other)
+    return _mean([math.degrees(math.acos(math.sqrt(share))) for share in shares])
+
+
+def _shared(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> list[float]:
+    """The share of the smaller space that lies in the other, of all pairs with two spaces."""
+    found = []
     for a, b in zip(one, other, strict=True):
         smaller = min(a.shape[1], b.shape[1])
         if smaller:
             shared = float((a.mT @ b).square().sum()) / smaller
-            angles.append(math.degrees(math.acos(math.sqrt(max(0.0, min(1.0, shared))))))
-    return sum(angles) / len(angles) if angles else None
+            found.append(max(0.0, min(1.0, shared)))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

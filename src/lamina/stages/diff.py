@@ -150,19 +150,19 @@ def _open(asked: str) -> _Opened:
         parts = _up_to(chain, stage, directory)
         stages = stages[: stages.index(stage) + 1]
     newest = parts[-1]
-    factors = _summed(parts)
+    factors = summed(parts)
     ranks = [each.rank for each in factors.values()]
     return _Opened(
         side=Side(asked, tuple(stages), (min(ranks, default=0), max(ranks, default=0))),
         config=newest.config,
         factors=factors,
         others=_others(chain, newest, whole=not stage),
-        blocks=_blocks(newest, factors),
+        blocks=blocks_in(newest, factors),
         only_factors=not all(part.is_sum for part in parts),
     )
 
 
-def _summed(parts: Sequence[Part]) -> dict[str, Factors]:
+def summed(parts: Sequence[Part]) -> dict[str, Factors]:
     """Plain module name -> the sum of all parts, in fp64."""
     found: dict[str, list[Factors]] = {}
     for part in parts:
@@ -201,7 +201,7 @@ def _others(chain: Chain, newest: Part, *, whole: bool) -> dict[str, torch.Tenso
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _blocks(part: Part, factors: Mapping[str, Factors]) -> dict[str, int]:
+def blocks_in(part: Part, factors: Mapping[str, Factors]) -> dict[str, int]:
     """How many experts lie side by side in the factors of adapted parameters."""
     if not part.config.target_parameters:
         return {}

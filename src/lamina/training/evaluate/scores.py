@@ -89,8 +89,9 @@ class ModuleDrift:
         module: its plain name.
         norm: Frobenius norm of D.
         weight_norm: of the base's weight; None where it can't be read.
-        effective_rank: exp of the entropy of D's singular values; 0 if nothing changed.
-        rank: of the factors that hold D, at most.
+        effective_rank: exp of the entropy of D's singular values; 0 if nothing changed. None of a
+            large matrix that was trained whole, where it would take too long.
+        rank: of the factors that hold D, or of any matrix of its shape, if that is less.
         input_overlap: |V_D^T V_before|_F^2 / min(rank): the share of the smaller space of inputs
             that D and the stages before have in common, 0 to 1; None in a first stage.
         output_overlap: likewise, of outputs.
@@ -99,7 +100,7 @@ class ModuleDrift:
     module: str
     norm: float
     weight_norm: float | None
-    effective_rank: float
+    effective_rank: float | None
     rank: int
     input_overlap: float | None = None
     output_overlap: float | None = None
