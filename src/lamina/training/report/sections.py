@@ -110,7 +110,12 @@ def _notes(stage: StageFacts) -> Iterator[str]:
         yield f"{stage.standing}: {state.why}"
     if stage.fault:
         yield f"its directory can't be read: {stage.fault}"
-    if state is not None and state.status == "finished" and stage.adapter is None and not stage.fault:
+    if (
+        state is not None
+        and state.status == "finished"
+        and stage.adapter is None
+        and not stage.fault
+    ):
         yield "its directory is gone"
     if stage.adapter is not None and not stage.adapter.has_record:
         yield "its adapter has no stage record"
@@ -144,7 +149,7 @@ def drift_line(name: str, drifts: Sequence[ModuleDrift]) -> DriftLine:
     inputs = [each.input_overlap for each in drifts if each.input_overlap is not None]
     outputs = [each.output_overlap for each in drifts if each.output_overlap is not None]
     ranks_ = (min(each.rank for each in drifts), max(each.rank for each in drifts))
-    effective = sum(each.effective_rank for each in drifts) / len(drifts)
+    effective = [each.effective_rank for each in drifts if each.effective_rank is not None]
     absolute = value(sum(each.norm for each in drifts) / len(drifts))
     return DriftLine(
         name=name,
@@ -153,7 +158,9 @@ def drift_line(name: str, drifts: Sequence[ModuleDrift]) -> DriftLine:
         most=f"{strongest.module} ({share(strongest.relative, 2)})"
         if strongest.relative is not None
         else strongest.module,
-        effective_rank=f"{effective:.1f} of {ranks(ranks_)}",
+        effective_rank=f"{sum(effective) / len(effective):.1f} of {ranks(ranks_)}"
+        if effective
+        else "–",
         inputs=share(_mean(inputs), 0),
         outputs=share(_mean(outputs), 0),
     )
