@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lamina.config import PeftConfig
 from lamina.errors import CheckpointError, ConfigError, MissingFileError
 from lamina.model.facade import PeftModel
+from lamina.model.heads import head_options_of
 from lamina.model.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -102,7 +103,10 @@ class AutoPeftModel:
             config = PeftConfig.from_pretrained(
                 str(pretrained_model_name_or_path), **{k: v for k, v in where.items() if v}
             )
-        base = cls.load_base(config, source=str(pretrained_model_name_or_path), **kwargs)
+        head = head_options_of(
+            config, pretrained_model_name_or_path, **{k: v for k, v in where.items() if v}
+        )
+        base = cls.load_base(config, source=str(pretrained_model_name_or_path), **head | kwargs)
         return cls.facade.for_task(config.task_type).from_pretrained(
             base,
             pretrained_model_name_or_path,

@@ -128,7 +128,7 @@ def _begun(
     if chain is not None:
         faults = _chain_faults(chain, name, mode, config)
         if not allow_base_mismatch:
-            told, remarks = _mismatches(chain, base, described, tokenizer)
+            told, remarks = _mismatches(chain, base, described, tokenizer, _new_heads(config))
             faults += [f"base: {each}" for each in told or base_weight_faults(base, chain)]
         if faults:
             raise StageError(
@@ -166,11 +166,19 @@ def _begun(
     return model
 
 
+def _new_heads(config: PeftConfig | None) -> set[str]:
+    """Modules that a new adapter trains whole: the head of its task, and what it names."""
+    if config is None:
+        return set()
+    named = getattr(config, "modules_to_save", None) or ()
+    return {*PeftModel.for_task(config.task_type).task_heads, *named}
+
+
 def _mismatches(
-    chain: Chain, base: nn.Module, described: Base, tokenizer: Any
+    chain: Chain, base: nn.Module, described: Base, tokenizer: Any, heads: set[str]
 ) -> tuple[list[str], list[str]]:
     """What is not as on record: where that is wrong, and where it may be meant."""
-    likeness = base_likeness(chain.record, base, lambda: updates_in(chain))
+    likeness = base_likeness(chain.record, base, lambda: updates_in(chain), heads=heads)
     before = with_tokenizer(chain.record)
     faults = base_faults(chain.record.newest.base, described, likeness)
     return (

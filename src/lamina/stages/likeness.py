@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def base_likeness(
-    record: StageRecord, base: nn.Module, updates: Updates | None = None
+    record: StageRecord,
+    base: nn.Module,
+    updates: Updates | None = None,
+    *,
+    heads: Collection[str] = (),
 ) -> Likeness | None:
     """What differs between a base and the recorded one; None if there is no sketch on record.
 
@@ -31,6 +35,7 @@ def base_likeness(
         record: of the chain that is to lie over the base.
         base: the base, adapted or not.
         updates: what the chain adds, see `updates_in`.
+        heads: modules that a stage to come trains whole, in place of the recorded head.
     """
     recorded = record.newest.base
     if recorded.sketch is None:
@@ -39,7 +44,7 @@ def base_likeness(
     return compare(
         recorded.sketch,
         ModelWeights(base),
-        over(record, updates),
+        over(record, updates, heads),
         name=recorded.name_or_path,
         here=here,
     )
@@ -53,7 +58,7 @@ def tell(source: str, remarks: Iterable[str], stacklevel: int) -> None:
         warnings.warn(said, MismatchWarning, stacklevel=stacklevel + 1)
 
 
-def over(record: StageRecord, updates: Updates | None = None) -> Over:
+def over(record: StageRecord, updates: Updates | None = None, heads: Collection[str] = ()) -> Over:
     """What a chain changes in its base, told by its record."""
     return Over(
         targets={module for lamina in record.laminae for module in lamina.ranks},
@@ -62,6 +67,7 @@ def over(record: StageRecord, updates: Updates | None = None) -> Over:
             f"{table}.weight": {row for rows in stages.values() for row in rows}
             for table, stages in record.token_rows.items()
         },
+        heads=heads,
         updates=updates,
     )
 

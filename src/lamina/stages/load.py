@@ -12,6 +12,7 @@ from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
+from lamina.model.heads import head_options
 from lamina.model.vocabulary import grown
 from lamina.stages.bases import base_faults, base_remarks, describe_base
 from lamina.stages.configs import refuse_edited_config
@@ -69,6 +70,7 @@ def load(
         if base is not None:
             # The recorded revision is one of the recorded base.
             file.config.base_model_name_or_path, file.config.revision = str(base), None
+        options = {**head_options(file.config, shapes), **options}
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     with grown(whole_base, file):
         if not allow_base_mismatch:

@@ -21,7 +21,7 @@ model_name_or_path: {base}
 tokenizer_name_or_path: words
 chat_template: template.jinja
 output_dir: {out}
-defaults: {{lora_r: 2, lora_target_modules: [q_proj], max_steps: 1, max_length: 32}}
+defaults: {{lora_r: 2, lora_target_modules: [q_proj], max_steps: 2, max_length: 32}}
 stages:
   - {{name: talk, method: sft, datasets: "data/*.jsonl"}}
 """
@@ -76,6 +76,9 @@ def test_the_working_directory_comes_second(folder: Path) -> None:
         update={"tokenizer_name_or_path": str((folder / "words").resolve())}
     )
     assert place_of("data/t*.jsonl", folder) == folder / "data" / "t*.jsonl"
+    assert place_of("data/x*.jsonl", folder) == folder / "data" / "x*.jsonl"
+    Path("data").mkdir()
+    Path("data/x.jsonl").touch()
     assert place_of("data/x*.jsonl", folder) == Path("data/x*.jsonl")
 
 
@@ -96,4 +99,6 @@ def test_a_template_that_is_not_there_is_a_fault_at_its_line(folder: Path) -> No
     (folder / "plan.yaml").write_text(PLAN.format(base="base", out="out"))
     opened = open_plan(folder / "plan.yaml")
     (fault,) = check_plan(opened.plan, document=opened.document).faults
-    assert fault.startswith("line 3: chat_template: template.jinja is neither a template nor a file")
+    assert fault.startswith(
+        "line 3: chat_template: template.jinja is neither a template nor a file"
+    )

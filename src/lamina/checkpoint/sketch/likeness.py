@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lamina.checkpoint.sketch import words
 from lamina.checkpoint.sketch.folded import folded
-from lamina.checkpoint.sketch.matching import Findings, correlation, match, module_of
+from lamina.checkpoint.sketch.matching import Findings, correlation, match, module_of, within
 from lamina.checkpoint.sketch.sampling import Weights
 from lamina.checkpoint.sketch.stored import VERSION, Sample, samples
 from lamina.errors import RecordError
@@ -53,12 +53,15 @@ class Over:
         replaced: plain names of modules, or tensors, whose values it brings itself: what the base
             has there doesn't matter.
         rows: tensor -> rows of it that it brings itself.
+        heads: plain names of modules that are trained whole in place of the recorded head: that
+            the base has these, and not that one, is meant.
         updates: gives what it, or the first of its stages, add to a weight; asked only if the base
             differs in nothing but targets.
     """
 
     targets: Collection[str] = ()
     replaced: Collection[str] = ()
+    heads: Collection[str] = ()
     rows: Mapping[str, Collection[int]] = field(default_factory=dict)
     updates: Updates | None = None
 
@@ -154,11 +157,22 @@ def _verdict(
     if found.rows:
         verdict = "resized"
         notes.append(words.rows(found))
-    if found.missing or found.extra:
+    if (found.missing or found.extra) and not _meant(found, over):
         is_head = verdict != "resized" and words.no_layers((*found.missing, *found.extra))
         verdict = "head" if is_head else "structure"
         notes.append(words.parts(found))
     return verdict, words.alike(found, base, notes)
+
+
+def _meant(found: Findings, over: Over) -> bool:
+    """Whether what is missing and what is there besides are an old head and a new one."""
+    new, touched = set(over.heads), {*over.targets, *over.replaced}
+    return (
+        bool(found.extra)
+        and all(within(name, new) for name in found.extra)
+        and words.no_layers(found.missing)
+        and not any(within(name, touched) for name in found.missing)
+    )
 
 
 def _updated(found: Findings, base: str, over: Over) -> tuple[Verdict, str]:

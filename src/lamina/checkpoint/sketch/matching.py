@@ -104,7 +104,7 @@ def match(
         rows: tensor -> rows that the adapter brings itself.
     """
     found = Findings()
-    samples = [sample for sample in recorded if not _within(sample.name, replaced)]
+    samples = [sample for sample in recorded if not within(sample.name, replaced)]
     names = aligned([sample.name for sample in samples], weights)
     tensors = weights.tensors
     chosen = _chosen(samples, names, tensors)
@@ -124,7 +124,7 @@ def match(
             dark = not tensor.quantised and (sample.unread or not tensor.readable)
             (found.hidden if dark else found.unread).append(sample.name)
     _compare(wanted, weights, found, halved)
-    known = {*names.values(), *(n for n in tensors if _within(n, replaced))}
+    known = {*names.values(), *(n for n in tensors if within(n, replaced))}
     found.extra = [name for name in tensors if name not in known]
     _resolve_ties(found, samples, weights)
     if not (whole and weights.whole):
@@ -138,7 +138,8 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _within(name: str, outer: Collection[str]) -> bool:
+def within(name: str, outer: Collection[str]) -> bool:
+    """Whether a tensor is one of these, or in one of these modules."""
     return any(name == each or name.startswith(f"{each}.") for each in outer)
 
 

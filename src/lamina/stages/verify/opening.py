@@ -14,6 +14,7 @@ from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import LaminaError
 from lamina.model import AutoPeftModel
+from lamina.model.heads import head_options
 
 _BNB = re.compile(r"bitsandbytes (nf4|fp4|int8)(, double quantisation)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -45,6 +46,7 @@ def open_base(
     quantiser = None if "quantization_config" in options else _quantiser(record, load_in_4bit)
     if quantiser is not None:
         how["quantization_config"] = _settings(quantiser, how["dtype"])
+    how |= head_options(config, {key: each.shape for key, each in file.tensors.items()})
     return AutoPeftModel.load_base(config, source=file.source, **{**how, **options})
 
 

@@ -14,7 +14,7 @@ _MODELS = ("model_name_or_path", "tokenizer_name_or_path")
 
 
 def place_of(path: str, root: Path) -> Path:
-    """A path of a plan: below the folder of its file if it is there, else as it was given.
+    """A path of a plan: below the folder of its file, unless it is in the working directory alone.
 
     Args:
         path: a file, a folder or a pattern such as `data/*.jsonl`.
