@@ -131,7 +131,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
         assert "loss 1.2500" in lines[1]
         assert lines[1].rstrip().endswith("2.0/s, 8:18 min left")
         assert "waiting" in lines[2]
-        assert "3.0 GiB of GPU memory" in lines[3]
+        assert "3.0 GiB of memory at most" in lines[3]
 
 
 def test_spans_of_time_are_short() -> None:

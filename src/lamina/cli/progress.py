@@ -14,10 +14,22 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lamina.cli.matrix import in_figures
 from lamina.cli.terminal import console, size
+from lamina.training.evaluate.scores import Score
+from lamina.training.run.state import Judgement
 from lamina.training.run.told import StageResult, Told
 
-_MARKS = {"waiting": " ", "preparing": "*", "training": "*", "kept": "=", "interrupted": "!"}
+_MARKS = {
+    "waiting": " ",
+    "preparing": "*",
+    "training": "*",
+    "judging": "*",
+    "kept": "=",
+    "interrupted": "!",
+    "refused": "!",
+    "rolled back": "-",
+}
 
 
 @contextmanager
@@ -62,6 +74,23 @@ class Lines(Told):
         if told:
             self._say(f"{name} {step}/{values.get('steps', '?')}  {told}")
 
+    def judging_begins(self, name: str, missing: Sequence[str]) -> None:
+        """What is measured."""
+        if missing:
+            self._say(f"{name} is measured on {', '.join(missing)}")
+
+    def measured(self, name: str, eval_name: str, score: Score | None) -> None:
+        """The score."""
+        self._say(f"{name} {eval_name}: {scored(score)}")
+
+    def gate(self, name: str, judgement: Judgement) -> None:
+        """What it says."""
+        self._say(f"{name} {judged(judgement)}")
+
+    def retried(self, name: str, learning_rate: float) -> None:
+        """At which rate."""
+        self._say(f"{name} is made again at learning_rate {learning_rate:.3g}")
+
     def stage_ends(self, result: StageResult) -> None:
         """How it ended."""
         took = f" in {span(result.seconds)}" if result.seconds else ""
@@ -81,7 +110,8 @@ class _Row:
         steps: of all.
         began: when training began, and at which step.
         loss: the last one.
-        note: why it is run again, or what else there is to say.
+        note: why it is run again, its last score, or what else there is to say.
+        gate: the bounds that it broke.
     """
 
     status: str = "waiting"
@@ -90,6 +120,7 @@ class _Row:
     began: tuple[float, int] | None = None
     loss: float | None = None
     note: str = ""
+    gate: str = ""
 
 
 class View(Told):
@@ -98,6 +129,7 @@ class View(Told):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._now = clock
         self._rows: dict[str, _Row] = {}
+        self._stages: frozenset[str] = frozenset()
         self._memory: int | None = None
 
     def __rich__(self) -> RenderableType:
@@ -120,11 +152,12 @@ class View(Told):
             )
         if self._memory is None:
             return shown
-        return Group(shown, Text(f"  {size(self._memory)} of GPU memory at most", style="dim"))
+        return Group(shown, Text(f"  {size(self._memory)} of memory at most", style="dim"))
 
     def begins(self, stages: Sequence[str], directory: str) -> None:
         """A line for each."""
         self._rows = {name: _Row() for name in stages}
+        self._stages = frozenset(stages)
 
     def stage_begins(self, name: str, number: int, why: str) -> None:
         """It is loaded, and its data are tokenized."""
@@ -144,7 +177,30 @@ class View(Told):
         """Its loss."""
         row = self._rows[name]
         row.loss = values.get("loss", row.loss)
-        self._memory = values.get("memory", self._memory)
+        self._memory = max(values.get("memory") or 0, self._memory or 0) or None
+
+    def judging_begins(self, name: str, missing: Sequence[str]) -> None:
+        """It is opened again."""
+        if name not in self._rows:
+            # The base has a line only if it is measured.
+            self._rows = {name: _Row(), **self._rows}
+        row = self._rows[name]
+        row.status, row.began = "judging", None
+
+    def measured(self, name: str, eval_name: str, score: Score | None) -> None:
+        """The last score."""
+        row = self._rows[name]
+        row.note = f"{eval_name} {scored(score)}"
+        if name not in self._stages:
+            row.status = "measured"
+
+    def gate(self, name: str, judgement: Judgement) -> None:
+        """The broken bounds."""
+        self._rows[name].gate = "" if judgement.passed else judged(judgement)
+
+    def retried(self, name: str, learning_rate: float) -> None:
+        """At which rate."""
+        self._rows[name] = _Row("preparing", note=f"again at learning_rate {learning_rate:.3g}")
 
     def stage_ends(self, result: StageResult) -> None:
         """How it ended."""
@@ -152,7 +208,8 @@ class View(Told):
         row.status, row.began = result.status, None
         row.step = row.steps = result.steps
         row.loss = (result.metrics or {}).get("train_loss", row.loss)
-        row.note = span(result.seconds) if result.seconds else ""
+        took = span(result.seconds) if result.seconds else ""
+        row.note = ", ".join(filter(None, (took, row.gate or row.note)))
 
 
 def _pace(row: _Row, now: float) -> str:
@@ -165,6 +222,19 @@ def _pace(row: _Row, now: float) -> str:
         return ""
     left = (row.steps - row.step) * spent / done
     return f"{done / spent:,.1f}/s, {span(left)} left"
+
+
+def scored(score: Score | None) -> str:
+    """A score in words: `loss 2.313`, `exact_match 41.2%`."""
+    if score is None:
+        return "can't be measured on this model"
+    return f"{score.metric} {in_figures(score, score.value)}"
+
+
+def judged(judgement: Judgement) -> str:
+    """What a gate says, in words."""
+    told = "; ".join(judgement.faults or judgement.told)
+    return f"passes its gate: {told}" if judgement.passed else f"doesn't pass its gate: {told}"
 
 
 def numbers(values: Mapping[str, Any]) -> str:

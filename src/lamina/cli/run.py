@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from lamina.cli.arguments import Json
+from lamina.cli.matrix import print_matrix
 from lamina.cli.progress import teller
 from lamina.cli.terminal import console, print_json, table
 
@@ -34,7 +35,8 @@ def run(
     """Take the base of a plan through all its stages.
 
     Killed or stopped at any moment, the same command goes on: stages that are finished are kept,
-    the one that was running goes on from its last checkpoint. Ctrl-C saves and stops.
+    the one that was running goes on from its last checkpoint. Ctrl-C saves and stops. A stage that
+    its gate refuses ends the run with exit code 2.
     """
     from lamina.training.plan import open_plan
 
@@ -58,6 +60,8 @@ def run(
 
 
 def _print(result: RunResult) -> None:
+    from lamina.training.run.status import matrix_in
+
     out = console()
     columns = ["stage", "was", "steps", "loss", "seconds"]
     rows = [
@@ -72,7 +76,18 @@ def _print(result: RunResult) -> None:
     ]
     out.print(table(columns, rows, right=columns[2:], folded=["stage"]))
     out.print()
+    matrix = matrix_in(result.directory)
+    if matrix.rows:
+        print_matrix(out, matrix)
+        out.print()
+    for each in result.stages:
+        if each.status == "rolled back":
+            out.print(Text(f"{each.name} was rolled back: {each.why}", "yellow"), soft_wrap=True)
     if result.interrupted:
         out.print(Text("stopped; the same command goes on", style="yellow"))
+    elif not result.path:
+        out.print(Text("no stage counts: every one was rolled back", style="yellow"))
     else:
         out.print(Text.assemble("the last stage is in ", (result.path, "bold")), soft_wrap=True)
+    if result.report:
+        out.print(Text.assemble("the report is ", (result.report, "bold")), soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from lamina.cli.arguments import Json
+from lamina.cli.matrix import print_matrix
 from lamina.cli.progress import span
 from lamina.cli.terminal import console, print_json, table
 
@@ -22,11 +23,13 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show how far a run is, whether it is running or not."""
-    from lamina.training.run.status import status_of
+    from lamina.training.run.status import matrix_in, status_of
 
     found = status_of(directory)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(
+            {**dataclasses.asdict(found), "matrix": dataclasses.asdict(matrix_in(directory))}
+        )
         return
     out = console()
     now = "a process works on it" if found.running else "no process works on it"
@@ -37,6 +40,10 @@ def status(
     if not any(row[-1] for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     out.print(table(columns, rows, right=["step", "loss", "took"], folded=["stage", "why"]))
+    judged = matrix_in(directory)
+    if judged.rows:
+        out.print()
+        print_matrix(out, judged)
 
 
 def _row(stage: StageStatus) -> list[str]:

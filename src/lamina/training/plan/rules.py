@@ -26,6 +26,14 @@ ONLY = {
     "packing": ("pt", "sft"),
 }
 
+# Names that no stage can have.
+TAKEN = {
+    "base": "what the first stage is built on",
+    "parent": "whatever a stage is built on",
+    "logs": "the folder of the logs",
+    "report": "the folder of the report",
+}
+
 
 def faults_between(values: Any) -> Iterator[Fault]:
     """Everything that contradicts something else in the plan."""
@@ -37,6 +45,7 @@ def faults_between(values: Any) -> Iterator[Fault]:
     shared = values.get("defaults")
     defaults: dict[str, Any] = shared if isinstance(shared, dict) else {}
     yield from _twice(names)
+    yield from _taken(names)
     yield from _of_base(values)
     yield from _of_ends(stages, defaults)
     yield from _one_of(("defaults",), defaults)
@@ -54,6 +63,12 @@ def _twice(names: list[Any]) -> Iterator[Fault]:
     for place, name in enumerate(names):
         if name is not None and name in names[:place]:
             yield ("stages", place, "name"), f"{name!r} is the name of an earlier stage too"
+
+
+def _taken(names: list[Any]) -> Iterator[Fault]:
+    for place, name in enumerate(names):
+        if name in TAKEN:
+            yield ("stages", place, "name"), f"{name!r} is the name of {TAKEN[name]}"
 
 
 def _of_base(values: dict[str, Any]) -> Iterator[Fault]:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -99,6 +100,9 @@ class Following(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         """A line of the log."""
+        if self.interrupted and "train_runtime" in (logs or {}):
+            # Training ends here for the trainer alone.
+            return
         # The mean over all steps, which the end brings, leaves out those before a resumption.
         told = {key: value for key, value in (logs or {}).items() if key != "train_loss"}
         values = {
@@ -109,8 +113,7 @@ class Following(TrainerCallback):  # type: ignore[misc]
             "seconds": round(time.monotonic() - self._began, 3),
             "time": round(time.time(), 3),
         }
-        if torch.cuda.is_available():
-            values["memory"] = torch.cuda.max_memory_allocated()
+        values["memory"] = _memory()
         self._log.write(values)
         self._told.logged(self._name, state.global_step, values)
 
@@ -119,3 +122,10 @@ class Following(TrainerCallback):  # type: ignore[misc]
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and checkpoint.is_dir():
             seal(checkpoint, self._hash)
+
+
+def _memory() -> int:
+    """Bytes: on a GPU the most that was allocated, else what the process has now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -69,7 +69,7 @@ class Stages:
             whole = result.status != "interrupted" and not self._stop.asked
         done = len(results) == len(names) and all(r.status != "interrupted" for r in results)
         path = "" if built_on is None else str(self._directory / built_on)
-        return RunResult(path, tuple(results), interrupted=not done)
+        return RunResult(str(self._directory), path, tuple(results), interrupted=not done)
 
     def _all_data(self) -> dict[str, StageData]:
         """The data of all stages, so that what is wrong with the last is told before the first."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import RunError
+from lamina.training.evaluate.matrix import Matrix, matrix_of
+from lamina.training.evaluate.scores import Evaluation
 from lamina.training.run.lock import is_locked
 from lamina.training.run.log import read_log
 from lamina.training.run.state import FILE, RunState
@@ -19,12 +21,12 @@ class StageStatus:
     Attributes:
         name: of the stage.
         status: "waiting", "running", "cut off" (killed; the same command goes on), "interrupted",
-            "failed" or "finished".
+            "failed", "finished", or what a gate made of a finished stage: "refused", "rolled back".
         step: the last step in its log.
         steps: of all; None before the first line of the log.
         loss: the last one in its log.
         seconds: that it took, runs that were cut off left out.
-        why: what stopped it.
+        why: what stopped it, or which bounds of its gate it broke.
         metrics: as in its record.
     """
 
@@ -69,6 +71,16 @@ def status_of(directory: str | Path) -> RunStatus:
     )
 
 
+def matrix_in(directory: str | Path) -> Matrix:
+    """Stages by evals, of the stages that the newest one that counts is made of.
+
+    Raises:
+        RunError: the files of the run are broken.
+    """
+    folder = Path(directory).expanduser()
+    return matrix_of(Evaluation.read(folder), RunState.read(folder).chain)
+
+
 def log_file(directory: str | Path, stage: str) -> Path:
     """Where the log of a stage is."""
     return Path(directory).expanduser() / "logs" / f"{stage}.jsonl"
@@ -85,11 +97,11 @@ def _stage(folder: Path, state: RunState, name: str, running: bool) -> StageStat
     steps: Any = last.get("steps")
     return StageStatus(
         name=name,
-        status="cut off" if cut_off else known.status,
+        status="cut off" if cut_off else known.standing,
         step=int(last.get("step", 0)),
         steps=None if steps is None else int(steps),
         loss=losses[-1] if losses else None,
         seconds=known.seconds,
-        why=known.why,
+        why=known.why or "; ".join(known.gate.faults if known.gate else ()),
         metrics=known.metrics or None,
     )

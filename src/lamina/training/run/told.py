@@ -39,14 +39,18 @@ class RunResult:
     """What a run came to.
 
     Attributes:
+        directory: its `output_dir`.
         path: the directory of the last stage that counts; "" if every one was rolled back.
         stages: what became of each, as far as the run came.
         interrupted: whether it was stopped; the same call goes on.
+        report: the file of the report; "" if none was written.
     """
 
+    directory: str
     path: str
     stages: tuple[StageResult, ...]
     interrupted: bool = False
+    report: str = ""
 
 
 class Told:
