@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lamina._version import __version__
 from lamina.cli.as_peft import PASS_ON, as_peft
+from lamina.cli.chat import chat
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.diff import diff
@@ -25,6 +26,7 @@ from lamina.cli.lineage import lineage
 from lamina.cli.logs import logs
 from lamina.cli.merge import merge
 from lamina.cli.preview import preview
+from lamina.cli.report import report
 from lamina.cli.run import run
 from lamina.cli.split import split
 from lamina.cli.status import status
@@ -89,6 +91,8 @@ for _verb in (
     run,
     status,
     logs,
+    report,
+    chat,
     inspect,
     doctor,
     verify,

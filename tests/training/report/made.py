@@ -68,7 +68,9 @@ CHAIN = (
             "import os",
         ),
         more={"learning_rate": 1e-4},
-        gate=Judgement(True, "stop", (), ("docs: loss 2.861 -> 2.934, worse by 2.6%; it may lose 5.0%",)),
+        gate=Judgement(
+            True, "stop", told=("docs: loss 2.861 -> 2.934, worse by 2.6%; it may lose 5.0%",)
+        ),
     ),
     Made(
         "prefer", "dpo", "continue",
@@ -84,7 +86,9 @@ REFUSED = Made(
     "slang", "sft", "stack",
     scores={"docs": 3.804, "chat": 1.911, "facts": 0.22},
     answers=("yo it copies stuff lol", "print('yo')"),
-    gate=Judgement(False, "rollback", ("docs: loss 2.934 -> 3.804, worse by 29.7%; it may lose 5.0%",)),
+    gate=Judgement(
+        False, "rollback", ("docs: loss 2.934 -> 3.804, worse by 29.7%; it may lose 5.0%",)
+    ),
     retries=(Retry(1e-4, ("docs: loss 2.934 -> 4.010, worse by 36.7%; it may lose 5.0%",)),),
 )  # fmt: skip
 BASE_SCORES = {"docs": 3.214, "chat": 3.402, "facts": 0.12}

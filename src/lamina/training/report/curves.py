@@ -43,7 +43,9 @@ class Curve:
 
 def curve_of(file: Path | None) -> Curve:
     """Read a log; an empty curve where there is none."""
-    lines = [line for line in read_log(file) if _number(line.get("step")) is not None] if file else []
+    lines = (
+        [line for line in read_log(file) if _number(line.get("step")) is not None] if file else []
+    )
     if not lines:
         return Curve()
     tokens = [value for line in lines if (value := _number(line.get("num_tokens"))) is not None]
@@ -77,7 +79,9 @@ def smoothed(points: Sequence[Point], width: int) -> list[Point]:
 
 def _points(lines: Iterable[dict[str, Any]], key: str) -> tuple[Point, ...]:
     found = [
-        (int(line["step"]), value) for line in lines if (value := _number(line.get(key))) is not None
+        (int(line["step"]), value)
+        for line in lines
+        if (value := _number(line.get(key))) is not None
     ]
     if len(found) <= _MOST:
         return tuple(found)

@@ -14,7 +14,7 @@ from lamina.checkpoint.describe import AdapterDescription, describe_adapter
 from lamina.checkpoint.record import Base
 from lamina.errors import LaminaError, RunError
 from lamina.training.evaluate.scores import FILE as EVALUATION
-from lamina.training.evaluate.scores import Evaluation, Judged
+from lamina.training.evaluate.scores import Evaluation, Judged, ModuleDrift
 from lamina.training.plan.schema import NAME_PATTERN
 from lamina.training.report.curves import Curve, curve_of
 from lamina.training.run.lock import is_locked
@@ -63,6 +63,11 @@ class StageFacts:
     def is_dead_end(self) -> bool:
         """Whether its gate refused it, so that nothing is built on it."""
         return self.standing in _NOT_COUNTED
+
+    @property
+    def drift(self) -> tuple[ModuleDrift, ...]:
+        """What it changed, module by module; empty where that wasn't measured."""
+        return (self.judged.drift if self.judged else None) or ()
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -191,7 +196,7 @@ def _described(folder: Path, name: str) -> tuple[AdapterDescription | None, str]
 
 
 def _built_on(state: RunState, name: str, adapter: AdapterDescription | None) -> str | None:
-    """The stage below: as the record says, else as the run noted it, else the newest that counts."""
+    """The stage below: by the record, else by the run's notes, else the newest that counts."""
     before = state.order[: state.order.index(name)]
     known = state.stages.get(name)
     if adapter is not None and adapter.has_record:

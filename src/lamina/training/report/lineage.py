@@ -13,6 +13,9 @@ from lamina.training.report.written import count_of, ranks, short, span
 _ABREAST = 5
 _PADDING, _BAR = 14, 7
 _MARGIN = 3
+Points = tuple[tuple[float, float], ...]
+# From this width on a box has one line instead of two.
+_WIDE = 400
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,15 @@ class Line:
         mode: "fresh", "continue", "stack" or "merge".
         look: as of the stage's box.
         points: corners of the way, in pixels.
-        label: where the mode is written: the middle of its baseline, or its left end.
-        centred: which of these.
+        label: where the mode is written: a point of its baseline.
+        anchor: which one: "start", "middle" or "end".
     """
 
     mode: str
     look: str
-    points: tuple[tuple[float, float], ...]
+    points: Points
     label: tuple[float, float]
-    centred: bool
+    anchor: str
 
     @property
     def path(self) -> str:
@@ -95,19 +98,20 @@ class Graph:
     height: float
     boxes: tuple[Box, ...]
     lines: tuple[Line, ...]
-    is_upright: bool
 
 
-def graph_of(facts: RunFacts, *, upright: bool | None = None) -> Graph:
-    """Lay the graph out.
+def graph_of(facts: RunFacts, *, narrow: bool = False) -> Graph:
+    """Lay the graph out: boxes side by side, or where there are many one below the other.
 
     Args:
         facts: of the run.
-        upright: boxes one below the other; if not given, where there are more than five.
+        narrow: one below the other in any case, and no wider than a telephone.
     """
-    if upright is None:
-        upright = len(facts.stages) + 1 > _ABREAST
-    return _upright(facts) if upright else _abreast(facts)
+    if narrow:
+        return _upright(facts, width=296.0, height=104.0, gap=40.0)
+    if len(facts.stages) + 1 > _ABREAST:
+        return _upright(facts, width=620.0, height=84.0, gap=32.0)
+    return _abreast(facts)
 
 
 def _abreast(facts: RunFacts) -> Graph:
@@ -115,7 +119,8 @@ def _abreast(facts: RunFacts) -> Graph:
     step = width + gap
     boxes = [_base(facts, _MARGIN, _MARGIN, width, height)]
     lines = []
-    place = {None: 0, **{each.name: each.number + 1 for each in facts.stages}}
+    place: dict[str | None, int] = {None: 0}
+    place |= {each.name: each.number + 1 for each in facts.stages}
     for stage in facts.stages:
         x = _MARGIN + place[stage.name] * step
         y = _MARGIN + (drop if stage.is_dead_end else 0.0)
@@ -123,45 +128,47 @@ def _abreast(facts: RunFacts) -> Graph:
         begin = _MARGIN + place[stage.built_on] * step + width
         middle, end = _MARGIN + height / 2, y + height / 2
         turn = x - gap / 2
-        corners = ((begin, middle), (x, middle))
+        corners: Points = ((begin, middle), (x, middle))
         if end != middle:
             corners = ((begin, middle), (turn, middle), (turn, end), (x, end))
-        label = (x - gap / 2, middle - 9) if end == middle else (turn + 6, (middle + end) / 2 + 30)
-        lines.append(Line(stage.mode or "", box.look, corners, label, centred=end == middle))
+        # Of a dead end it stands between the two rows, where nothing else is.
+        straight = end == middle
+        label = (turn, middle - 9) if straight else (turn - 6, _MARGIN + (height + drop) / 2 + 4)
+        anchor = "middle" if straight else "end"
+        lines.append(Line(stage.mode or "", box.look, corners, label, anchor))
         boxes.append(box)
     lowest = max(box.y + box.height for box in boxes)
     rightmost = max(box.x + box.width for box in boxes)
-    return Graph(rightmost + _MARGIN, lowest + _MARGIN, tuple(boxes), tuple(lines), False)
+    return Graph(rightmost + _MARGIN, lowest + _MARGIN, tuple(boxes), tuple(lines))
 
 
-def _upright(facts: RunFacts) -> Graph:
-    width, height, gap, indent = 296.0, 104.0, 40.0, 44.0
-    rail = _MARGIN + 22.0
-    boxes = [_base(facts, _MARGIN, _MARGIN, width, height)]
+def _upright(facts: RunFacts, *, width: float, height: float, gap: float) -> Graph:
+    rail, head, indent = _MARGIN + 22.0, height - 24.0, 44.0
+    boxes = [_base(facts, _MARGIN, _MARGIN, width, head)]
     lines = []
-    bottom = {None: boxes[0].y + height}
+    bottom: dict[str | None, float] = {None: boxes[0].y + head}
     for stage in facts.stages:
-        y = _MARGIN + (stage.number + 1) * (height + gap)
+        y = _MARGIN + head + gap + stage.number * (height + gap)
         x = _MARGIN + (indent if stage.is_dead_end else 0.0)
         box = _box(facts, stage, x, y, width - (x - _MARGIN), height)
         bottom[stage.name] = y + height
         begin = (rail, bottom[stage.built_on])
-        corners = (begin, (rail, y))
+        corners: Points = (begin, (rail, y))
         if stage.is_dead_end:
             corners = (begin, (rail, y + height / 2), (x, y + height / 2))
         label = (rail + (indent if stage.is_dead_end else 10), y - gap / 2 + 4)
-        lines.append(Line(stage.mode or "", box.look, corners, label, centred=False))
+        lines.append(Line(stage.mode or "", box.look, corners, label, "start"))
         boxes.append(box)
     last = boxes[-1]
     size = width + 2 * _MARGIN, last.y + last.height + _MARGIN
-    return Graph(*size, tuple(boxes), tuple(lines), True)
+    return Graph(*size, tuple(boxes), tuple(lines))
 
 
 def _base(facts: RunFacts, x: float, y: float, width: float, height: float) -> Box:
     whole = facts.base_name or "the base"
     told = [facts.base.model_class or "base model"]
-    size = f"{short(facts.base.parameters)} parameters" if facts.base.parameters else ""
-    told.append(", ".join(filter(None, [size, facts.base.dtype or ""])))
+    told.append(f"{short(facts.base.parameters)} parameters" if facts.base.parameters else "")
+    told = _folded(told, width)
     name = PurePath(whole).name or whole
     return Box(
         stage=None,
@@ -172,12 +179,14 @@ def _base(facts: RunFacts, x: float, y: float, width: float, height: float) -> B
         height=height,
         name=_cut(name, width - 54, 15),
         tag="base",
-        lines=tuple(_cut(line, width, 12) for line in told if line),
+        lines=tuple(_cut(line, width, 12) for line in told),
         title=whole,
     )
 
 
-def _box(facts: RunFacts, stage: StageFacts, x: float, y: float, width: float, height: float) -> Box:
+def _box(
+    facts: RunFacts, stage: StageFacts, x: float, y: float, width: float, height: float
+) -> Box:
     tag = stage.method or ""
     return Box(
         stage=stage.number,
@@ -188,10 +197,16 @@ def _box(facts: RunFacts, stage: StageFacts, x: float, y: float, width: float, h
         height=height,
         name=_cut(stage.name, width - 8 - 8 * len(tag), 15),
         tag=_cut(tag, 80, 12),
-        lines=tuple(_cut(line, width, 12) for line in _lines(stage)),
+        lines=tuple(_cut(line, width, 12) for line in _folded(_lines(stage), width)),
         title=f"{stage.name}: {stage.standing}",
         bar=_bar(facts, stage, x + _PADDING, width - 2 * _PADDING),
     )
+
+
+def _folded(lines: Sequence[str], width: float) -> list[str]:
+    """Lines that aren't empty; on one where there is room."""
+    told = [line for line in lines if line]
+    return [", ".join(told)] if width > _WIDE else told
 
 
 def look_of(stage: StageFacts) -> str:
@@ -208,7 +223,7 @@ def _lines(stage: StageFacts) -> list[str]:
     second = stage.standing
     if stage.standing == "finished" and state is not None:
         second = f"{count_of(state.steps, 'step')}, {span(state.seconds)}"
-    elif state is not None and state.steps:
+    elif state is not None and state.steps and not stage.is_dead_end:
         second += f" after {count_of(state.steps, 'step')}"
     return [rank_line(stage), second]
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lamina._version import __version__
@@ -94,7 +95,7 @@ def page_of(facts: RunFacts) -> str:
             figures=sections.key_figures(facts, better, worse, measured),
             missing=sections.missing(facts),
             graph=graph_of(facts),
-            narrow=graph_of(facts, upright=True),
+            narrow=graph_of(facts, narrow=True),
             lines=sections.stage_lines(facts),
             matrix=matrix,
             transfer=sections.transfer_lines(matrix.matrix.backward_transfer),
@@ -130,7 +131,10 @@ def _counts(matrix: ShownMatrix) -> tuple[int, int, int]:
 def _legend() -> list[tuple[int, str]]:
     """Grade -> what it means."""
     names = [f"{100 * bound:.3g}" for bound in GRADES]
-    spans = [f"under {names[0]} %", *(f"{a} to {b} %" for a, b in zip(names, names[1:], strict=False))]
+    spans = [
+        f"under {names[0]} %",
+        *(f"{a} to {b} %" for a, b in pairwise(names)),
+    ]
     spans.append(f"{names[-1]} % or more")
     worse = [(-grade, f"worse by {spans[grade]}") for grade in range(len(GRADES), 0, -1)]
     better = [(grade, f"better by {spans[grade]}") for grade in range(1, len(GRADES) + 1)]
@@ -155,13 +159,12 @@ def _curve_alt(stage: StageFacts) -> str:
 
 
 def _drifts(facts: RunFacts) -> list[Picture]:
-    stages = [each for each in facts.stages if each.judged and each.judged.drift]
+    stages = [each for each in facts.stages if each.drift]
     most = largest(stages)
     found = []
     for stage in stages:
-        assert stage.judged is not None
-        line = sections.drift_line(stage.name, stage.judged.drift)
-        of = "relative to the weights" if is_relative(stage.judged.drift) else "as norms"
+        line = sections.drift_line(stage.name, stage.drift)
+        of = "relative to the weights" if is_relative(stage.drift) else "as norms"
         alt = f"What {stage.name} changed, layers by modules, {of}: {line.relative} on average"
         found.append(_picture(stage, alt, lambda t, s=stage: drift(s, most, t)))
     return found
@@ -176,7 +179,11 @@ def _picture(stage: StageFacts, alt: str, draw: Any) -> Picture:
 
 def _drift_lines(facts: RunFacts) -> Sequence[tuple[StageFacts, Any, Any]]:
     return [
-        (each, sections.drift_line(each.name, each.judged.drift), sections.kinds_of(each.judged.drift))
+        (
+            each,
+            sections.drift_line(each.name, each.drift),
+            sections.kinds_of(each.drift),
+        )
         for each in facts.stages
-        if each.judged and each.judged.drift
+        if each.drift
     ]

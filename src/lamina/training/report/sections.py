@@ -135,7 +135,7 @@ def missing(facts: RunFacts) -> list[str]:
     judged = [evaluation.base, *evaluation.stages.values()]
     if not any(each.answers for each in judged):
         told.append("no answers: the plan has no prompts, or none was put yet")
-    if not any(each.drift for each in judged):
+    if not any(each.drift for each in facts.stages):
         told.append("no drift: it wasn't measured")
     if not any(each.curve.lines for each in facts.stages):
         told.append("no curves: nothing was logged")

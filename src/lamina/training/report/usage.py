@@ -37,9 +37,7 @@ def uses_of(facts: RunFacts, path: str, base: str | None = None) -> list[Use]:
     base = base or facts.base_name or _BASE
     end = facts.end
     shell, shell_base = shlex.quote(path), shlex.quote(base)
-    kind = (
-        "AutoModelForSequenceClassification" if facts.is_reward_model else "AutoModelForCausalLM"
-    )
+    kind = "AutoModelForSequenceClassification" if facts.is_reward_model else "AutoModelForCausalLM"
     more = ", num_labels=1" if facts.is_reward_model else ""
     found = [
         Use(
@@ -87,4 +85,6 @@ def uses_of(facts: RunFacts, path: str, base: str | None = None) -> list[Use]:
 def _served_rank(facts: RunFacts) -> int:
     adapter = facts.end.adapter if facts.end else None
     rank = max((kind.rank[1] for kind in adapter.modules), default=0) if adapter else 0
-    return next((each for each in VLLM_RANKS if each >= max(rank, VLLM_DEFAULT_RANK)), VLLM_RANKS[-1])
+    return next(
+        (each for each in VLLM_RANKS if each >= max(rank, VLLM_DEFAULT_RANK)), VLLM_RANKS[-1]
+    )

@@ -25,14 +25,18 @@ def _unmeasured(facts: RunFacts) -> str:
     done = count_of(len(facts.chain), "stage")
     verb = "is" if len(facts.chain) == 1 else "are"
     if facts.evaluation.evals:
-        return f"{done} {verb} finished; what they gained and cost isn't measured yet"
-    return f"{done} {verb} finished; what they gained and cost isn't known, since no evals were asked for"
+        return f"{done} {verb} finished; what was gained and what it cost isn't measured yet"
+    return f"{done} {verb} finished; what was gained and what it cost isn't known without evals"
 
 
 def _measured(rows: Sequence[Row], end: str) -> str:
     ends = [(row, *_ends(row)) for row in rows]
-    better = [row for row, one, two in ends if is_change(one, two) and (better_by(one, two) or 0) > 0]
-    worse = [row for row, one, two in ends if is_change(one, two) and (better_by(one, two) or 0) < 0]
+    better = [
+        row for row, one, two in ends if is_change(one, two) and (better_by(one, two) or 0) > 0
+    ]
+    worse = [
+        row for row, one, two in ends if is_change(one, two) and (better_by(one, two) or 0) < 0
+    ]
     if better:
         gained = f"{end} is better than the base on {_of(better, rows)}"
     elif len(rows) == 1:
@@ -60,7 +64,7 @@ def _of(better: Sequence[Row], rows: Sequence[Row]) -> str:
 
 def _change(row: Row) -> str:
     one, two = _ends(row)
-    return f"{row.name} ({row.metric} {value(one.value)} → {value(two.value)})"
+    return f"{row.name} ({_metric(row)} {_way(one, two)})"
 
 
 def _forgot(row: Row) -> bool:
@@ -69,7 +73,16 @@ def _forgot(row: Row) -> bool:
 
 def _forgotten(row: Row) -> str:
     best, last = _best(row), row.cells[-1].score
-    return f"{row.name} ({row.metric} {value(best.value)} → {value(last.value if last else None)})"
+    return f"{row.name} ({_metric(row)} {_way(best, last)})" if last else row.name
+
+
+def _metric(row: Row) -> str:
+    return row.metric.replace("_", " ")
+
+
+def _way(one: Score, two: Score) -> str:
+    """From one value to another, on one line."""
+    return f"{value(one.value)} → {value(two.value)}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _ends(row: Row) -> tuple[Score, Score]:
@@ -99,7 +112,8 @@ def _unfinished(facts: RunFacts) -> str:
     if stopped:
         return f"{told}; {stopped[-1].name} cost more than allowed, which stopped the run"
     if waiting:
-        return f"{told}; the run isn't finished: {joined(waiting)} {'is' if len(waiting) == 1 else 'are'} missing"
+        verb = "is" if len(waiting) == 1 else "are"
+        return f"{told}; the run isn't finished: {joined(waiting)} {verb} missing"
     return told
 
 

@@ -27,8 +27,7 @@ def place_of(module: str) -> tuple[int | None, str]:
 
 def drift(stage: StageFacts, most: float, theme: Theme) -> Any:
     """One stage's changes; `most` is where the colours end."""
-    found = stage.judged.drift if stage.judged else ()
-    figure = blank(_WIDTH, _height(found))
+    figure = blank(_WIDTH, _height(stage.drift))
     _panel(figure, figure.subplots(), stage, most, theme, titled=False)
     return figure
 
@@ -37,7 +36,7 @@ def drifts(stages: Sequence[StageFacts], most: float, theme: Theme) -> Any:
     """Those of all stages, in the same colours."""
     columns = min(_ABREAST, len(stages))
     rows = math.ceil(len(stages) / columns)
-    height = max(_height(each.judged.drift if each.judged else ()) for each in stages)
+    height = max(_height(each.drift) for each in stages)
     figure = blank(_WIDTH * columns, (height + 0.25) * rows)
     for number, panel in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if number < len(stages):
@@ -49,7 +48,7 @@ def drifts(stages: Sequence[StageFacts], most: float, theme: Theme) -> Any:
 
 def largest(stages: Sequence[StageFacts]) -> float:
     """The largest value of any stage: where the colours end."""
-    drifts = [each for stage in stages if stage.judged for each in stage.judged.drift]
+    drifts = [each for stage in stages for each in stage.drift]
     values = [shown for each in drifts if math.isfinite(shown := _shown(each, drifts))]
     return max(values, default=0.0)
 
@@ -75,7 +74,7 @@ def _panel(
 ) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    drifts = stage.judged.drift if stage.judged else ()
+    drifts = stage.drift
     found = {place_of(each.module): _shown(each, drifts) for each in drifts}
     layers = sorted({layer for layer, _ in found}, key=lambda layer: -1 if layer is None else layer)
     kinds = list(dict.fromkeys(kind for _, kind in found))

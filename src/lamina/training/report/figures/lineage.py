@@ -44,7 +44,7 @@ def _line(axes: Any, line: Line, theme: Theme) -> None:
             *line.label,
             line.mode,
             fontsize=11 * _POINTS,
-            ha="center" if line.centred else "left",
+            ha={"start": "left", "middle": "center", "end": "right"}[line.anchor],
             color=theme.muted,
         )
 

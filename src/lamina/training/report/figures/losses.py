@@ -67,7 +67,7 @@ def _panel(axes: Any, stage: StageFacts, theme: Theme, *, titled: bool) -> None:
         )
     _frame(axes, theme)
     if drawn.train or drawn.held_out or drawn.broken:
-        axes.legend(frameon=False, fontsize=8, labelcolor=theme.muted, loc="upper right")
+        axes.legend(frameon=False, fontsize=8, labelcolor=theme.muted, loc="best")
     else:
         axes.text(
             0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center", color=theme.muted
@@ -111,6 +111,6 @@ def _frame(axes: Any, theme: Theme) -> None:
     axes.grid(axis="y", color=theme.rule, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.muted, labelsize=8, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.02, y=0.08)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lamina.training.report.figures.theme import Theme, blank, label
@@ -23,13 +22,12 @@ def matrix(shown: ShownMatrix, theme: Theme) -> Any:
     axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(-1.9, len(columns) + 0.85 * len(extra))
-    axes.set_ylim(len(shown.rows) + 0.8, -0.9)
+    axes.set_ylim(len(shown.rows) + 0.85, -0.65)
     for x, name in enumerate(columns):
         stage = shown.columns[x]
         _write(axes, x + 0.5, -0.3, name, theme.stage(stage.number if stage else None), bold=True)
     for place, name in enumerate(extra):
-        x = len(columns) + 0.85 * place + 0.45
-        _write(axes, x, -0.3, name, theme.muted, size=8)
+        _write(axes, len(columns) + 0.85 * place + 0.45, -0.3, name, theme.muted, size=8)
     for y, row in enumerate(shown.rows):
         arrow = "↑" if row.row.higher_is_better else "↓"
         axes.text(
@@ -37,7 +35,7 @@ def matrix(shown: ShownMatrix, theme: Theme) -> Any:
             fontsize=9, va="center", parse_math=False,
         )  # fmt: skip
         axes.text(
-            -1.9, y + 0.7, f"{_short(row.row.metric)} {arrow}", color=theme.muted,
+            -1.9, y + 0.7, f"{_short(row.row.metric.replace('_', ' '))} {arrow}", color=theme.muted,
             fontsize=7.5, va="center", parse_math=False,
         )  # fmt: skip
         for x, cell in enumerate(row.cells):
@@ -70,27 +68,26 @@ def _cell(axes: Any, x: int, y: int, cell: ShownCell, theme: Theme) -> None:
             linewidth=0,
         )
     )
-    if cell.is_dead_end:
-        axes.plot([x + 0.12, x + 0.88], [y + 0.5, y + 0.5], color=theme.muted, linewidth=0.8)
-    mark = " ~" if cell.unsure else ""
     low = 0.36 if cell.change else 0.5
+    if cell.is_dead_end:
+        axes.plot([x + 0.28, x + 0.72], [y + low, y + low], color=theme.text, linewidth=0.8)
+    mark = " ~" if cell.unsure else ""
     _write(axes, x + 0.5, y + low, cell.value, theme.text, bold=cell.learnt_here)
     if cell.change:
-        _write(axes, x + 0.5, y + 0.7, f"{cell.change}{mark}", theme.muted, size=7.5)
+        _write(axes, x + 0.5, y + 0.7, f"{cell.change}{mark}", theme.text, size=7.5)
 
 
 def _legend(axes: Any, y: float, theme: Theme) -> None:
     from matplotlib.patches import Rectangle
 
     bounds = [f"{100 * bound:.3g}" for bound in GRADES]
-    words = ["worse by 20 %", *[""] * 4, f"under {bounds[0]} %", *[""] * 4, "better by 20 %"]
-    _write(axes, -0.1, y + 0.16, words[0], theme.muted, size=7.5, side="right")
+    _write(axes, -0.1, y + 0.16, f"worse by {bounds[-1]} %", theme.muted, size=7.5, side="right")
     for place, grade in enumerate(range(-len(GRADES), len(GRADES) + 1)):
         colour, opacity = tint(grade, theme)
         axes.add_patch(
             Rectangle((0.2 * place, y), 0.18, 0.3, facecolor=colour, alpha=opacity, linewidth=0)
         )
-    _write(axes, 2.3, y + 0.16, words[-1], theme.muted, size=7.5, side="left")
+    _write(axes, 2.3, y + 0.16, f"better by {bounds[-1]} %", theme.muted, size=7.5, side="left")
 
 
 def _write(
@@ -113,8 +110,3 @@ def _write(
 def _short(text: str) -> str:
     told = label(text)
     return told if len(told) <= _LETTERS else f"{told[: _LETTERS - 1]}…"
-
-
-def columns_of(shown: ShownMatrix) -> Sequence[str]:
-    """The names of its columns."""
-    return ["base", *(each.name for each in shown.columns if each is not None)]

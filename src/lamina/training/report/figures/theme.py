@@ -48,7 +48,7 @@ class Theme:
 
 
 LIGHT = Theme(
-    page="#fdfcfa",
+    page="#ffffff",
     text="#23262b",
     muted="#6a6f78",
     rule="#dddad3",
@@ -67,7 +67,7 @@ LIGHT = Theme(
     ),
 )
 DARK = Theme(
-    page="#16181c",
+    page="#1c1f24",
     text="#e6e4df",
     muted="#9a9fa8",
     rule="#34383f",
@@ -121,7 +121,9 @@ def svg_uri(figure: Any) -> str:
     """A picture for the page: see-through, its letters those of the reader's system."""
     told = io.BytesIO()
     figure.savefig(told, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = _FONT.sub(lambda found: f"{found[1]}{found[2]}{found[3]} {_LETTERS}", told.getvalue().decode())
+    text = _FONT.sub(
+        lambda found: f"{found[1]}{found[2]}{found[3]} {_LETTERS}", told.getvalue().decode()
+    )
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
 
 
