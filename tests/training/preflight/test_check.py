@@ -201,3 +201,15 @@ def test_a_shard_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (fault,) = checked(PLAN, f"model_name_or_path={tmp_path}").faults
     assert "1 of its 1 files of weights aren't there: model-00001-of-00001.safetensors" in fault
+
+
+def test_evals_are_looked_at_as_they_are_measured() -> None:
+    evals = """evals:
+  pairs: {datasets: pairs.jsonl, metric: accuracy}
+  talks: {datasets: talks.jsonl, metric: accuracy}
+  words: {datasets: plain.txt, metric: exact_match}
+"""
+    report = checked(PLAN.replace("stages:\n", f"{evals}stages:\n"))
+    assert [each.partition(": ")[0] for each in report.faults] == ["line 7", "line 8"]
+    assert report.faults[0].startswith("line 7: evals.talks: ")
+    assert report.faults[1].startswith("line 8: evals.words: ")

@@ -8,17 +8,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, PlanError
 from lamina.training.data import Source, open_data, prepare
 from lamina.training.data.chat import check_rendering, check_template
 from lamina.training.data.conversation import BrokenRow
 from lamina.training.data.converting import convert
 from lamina.training.data.formats import find_layout
+from lamina.training.evaluate.prepared import prepare_evals
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Document, Fault, Where
+from lamina.training.plan.schema import Eval
 from lamina.training.plan.settings import Data, Settings
 from lamina.training.preflight.places import place_of
 from lamina.training.preflight.report import DataReport
+from lamina.training.trainers.functions import find_function, importable
 
 # Larger files are looked into, and not read through.
 _READ_BYTES = 64 << 20
@@ -51,7 +54,7 @@ def look_at_data(
         where = place_of(document, place, "datasets")
         reports.append(DataReport(tuple(looked.formats), looked.examples(where)))
         faults += looked.faults
-    faults += _of_evals(plan, document, root)
+    faults += _of_evals(plan, document, root, tokenizer)
     return reports, faults
 
 
@@ -60,15 +63,39 @@ def _item(document: Document, where: Where, number: int) -> Where:
     return (*where, number) if (*where, number) in document.lines else where
 
 
-def _of_evals(plan: Plan, document: Document, root: Path) -> Iterator[Fault]:
+def _of_evals(plan: Plan, document: Document, root: Path, tokenizer: Any) -> Iterator[Fault]:
     for name, asked in plan.evals.items():
-        for number, data in enumerate(asked.datasets or ()):
-            where = _item(document, ("evals", name, "datasets"), number)
-            try:
-                if not _peek(open_data(data, root)):
-                    yield where, f"{data.path} holds no whole example"
-            except LaminaError as error:
-                yield where, _one_line(error)
+        found = list(_of_eval_data(name, asked, document, root))
+        yield from found
+        if not found and tokenizer is not None:
+            yield from _of_eval(plan, name, root, tokenizer)
+
+
+def _of_eval(plan: Plan, name: str, root: Path, tokenizer: Any) -> Iterator[Fault]:
+    """What keeps its data from being measured as it asks; its function is looked at elsewhere."""
+    asked = plan.evals[name]
+    alone = plan.model_copy(update={"evals": {name: asked}})
+    with importable(root, Path.cwd()):
+        try:
+            if ":" in asked.metric:
+                find_function(asked.metric)
+        except PlanError:
+            return
+        try:
+            prepare_evals(alone, tokenizer=tokenizer, root=root)
+        except LaminaError as error:
+            told = "; ".join(each.removeprefix(f"{name}: ") for each in error.faults)
+            yield ("evals", name), told or error.what
+
+
+def _of_eval_data(name: str, asked: Eval, document: Document, root: Path) -> Iterator[Fault]:
+    for number, data in enumerate(asked.datasets or ()):
+        where = _item(document, ("evals", name, "datasets"), number)
+        try:
+            if not _peek(open_data(data, root)):
+                yield where, f"{data.path} holds no whole example"
+        except LaminaError as error:
+            yield where, _one_line(error)
 
 
 def _peek(source: Source) -> list[dict[str, Any]]:
