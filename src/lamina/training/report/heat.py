@@ -99,9 +99,9 @@ def shown_matrix(facts: RunFacts) -> ShownMatrix:
             ShownRow(
                 row,
                 tuple(cells),
-                gain=signed(row.gain),
-                forgetting=value(row.forgetting),
-                transfer=signed(row.transfer),
+                gain=signed(row.gain, _value(row.cells[-1])),
+                forgetting=signed(row.forgetting, _value(row.cells[-1])).removeprefix("+"),
+                transfer=signed(row.transfer, _value(row.cells[-1])),
             )
         )
     return ShownMatrix((None, *stages), tuple(rows), matrix)
@@ -115,7 +115,11 @@ def better_by(before: Score | None, after: Score | None) -> float | None:
 
 
 def is_unsure(before: Score | None, after: Score | None) -> bool:
-    """Whether two scores differ by no more than the errors of their measurement, where known."""
+    """Whether two scores differ by no more than the errors of their measurement, where known.
+
+    These are errors of scores on other examples of the kind. On the very same ones, as here, a
+    change may be real all the same: nothing is hidden for being unsure, it is only marked.
+    """
     if before is None or after is None or before.error is None or after.error is None:
         return False
     distance = abs(after.value - before.value)
@@ -123,9 +127,9 @@ def is_unsure(before: Score | None, after: Score | None) -> bool:
 
 
 def is_change(before: Score | None, after: Score | None) -> bool:
-    """Whether two scores differ by more than 0.5 %, and by more than chance."""
+    """Whether two scores differ by 0.5 % or more."""
     found = better_by(before, after)
-    return found is not None and abs(found) >= GRADES[0] and not is_unsure(before, after)
+    return found is not None and abs(found) >= GRADES[0]
 
 
 def grade_of(better: float | None) -> int | None:
@@ -134,6 +138,10 @@ def grade_of(better: float | None) -> int | None:
         return None
     strength = sum(abs(better) >= bound for bound in GRADES)
     return strength if better > 0 else -strength
+
+
+def _value(cell: Cell) -> float | None:
+    return cell.score.value if cell.score else None
 
 
 def _chain_to(facts: RunFacts, stage: StageFacts) -> Sequence[str]:
@@ -158,8 +166,8 @@ def _shown(cell: Cell, before: Cell | None, row: Row, stage: StageFacts | None) 
     unsure = is_unsure(earlier, cell.score)
     return ShownCell(
         value=value(cell.score.value if cell.score else None),
-        change=signed(cell.change) if cell.change is not None else "",
-        grade=0 if unsure else grade_of(better),
+        change="" if cell.change is None else signed(cell.change, _value(cell)),
+        grade=grade_of(better),
         share=better,
         title="\n".join(_told(cell, better, unsure)),
         unsure=unsure,
@@ -179,7 +187,7 @@ def _told(cell: Cell, better: float | None, unsure: bool) -> Iterator[str]:
         way = "better" if better > 0 else "worse" if better < 0 else "as before"
         yield f"{share(abs(better))} {way} than the stage before" if better else way
     if unsure:
-        yield "the change is within the errors of the two measurements"
+        yield "within the errors of the two measurements"
     if cell.from_base is not None:
         yield f"{signed(cell.from_base)} against the base, better being positive"
     for name, number in score.details.items():

@@ -138,7 +138,7 @@ def _legend() -> list[tuple[int, str]]:
     spans.append(f"{names[-1]} % or more")
     worse = [(-grade, f"worse by {spans[grade]}") for grade in range(len(GRADES), 0, -1)]
     better = [(grade, f"better by {spans[grade]}") for grade in range(1, len(GRADES) + 1)]
-    return [*worse, (0, f"changed by {spans[0]}, or within the errors"), *better]
+    return [*worse, (0, f"changed by {spans[0]}"), *better]
 
 
 def _curves(facts: RunFacts) -> list[Picture]:

@@ -80,7 +80,7 @@ def _texts(stage: StageFacts) -> Iterator[tuple[str, str]]:
     metrics = state.metrics if state else {}
     yield "is", stage.standing
     yield "method", stage.method or UNKNOWN
-    yield "begun by", _begun(stage)
+    yield "begun", _begun(stage)
     yield "ranks", rank_line(stage) or UNKNOWN
     total = [ranks(group.rank_range) for group in adapter.chain.groups] if adapter else []
     yield "in its file", " + ".join(total) or UNKNOWN
@@ -131,14 +131,14 @@ def missing(facts: RunFacts) -> list[str]:
     told = []
     evaluation = facts.evaluation
     if not evaluation.evals:
-        told.append("no evals: the plan asks for none, or none was measured yet")
+        told.append("evals: the plan asks for none, or none was measured yet")
     judged = [evaluation.base, *evaluation.stages.values()]
     if not any(each.answers for each in judged):
-        told.append("no answers: the plan has no prompts, or none was put yet")
+        told.append("answers: the plan has no prompts, or none was put yet")
     if not any(each.drift for each in facts.stages):
-        told.append("no drift: it wasn't measured")
+        told.append("drift: it wasn't measured")
     if not any(each.curve.lines for each in facts.stages):
-        told.append("no curves: nothing was logged")
+        told.append("curves: nothing was logged")
     return told
 
 
@@ -193,7 +193,7 @@ def answers_of(facts: RunFacts) -> list[tuple[str, list[Written]]]:
 
 
 def _written(stage: StageFacts | None, answer: Answer, told: dict[str | None, str]) -> Written:
-    how = count_of(answer.tokens, "token") + ("" if answer.ended else ", cut off there")
+    how = count_of(answer.tokens, "token") + ("" if answer.ended else ", cut off")
     same = stage is not None and told.get(stage.built_on) == answer.text
     return Written(stage, answer.text, how, same)
 

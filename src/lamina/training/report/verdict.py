@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lamina.training.evaluate.matrix import Matrix, Row
 from lamina.training.evaluate.scores import Score
 from lamina.training.report.facts import RunFacts
-from lamina.training.report.heat import better_by, is_change
+from lamina.training.report.heat import better_by, is_change, is_unsure
 from lamina.training.report.written import count_of, joined, value
 
 
@@ -43,15 +43,17 @@ def _measured(rows: Sequence[Row], end: str) -> str:
         gained = f"{end} is no better than the base on {rows[0].name}"
     else:
         gained = f"{end} is better than the base on none of the {len(rows)} evals"
+    lost = [row for row in rows if row not in worse and _forgot(row)]
     if worse:
-        return f"{gained}, and worse on {joined([_change(row) for row in worse])}"
-    lost = [row for row in rows if _forgot(row)]
+        gained += f", and worse on {joined([_change(row) for row in worse])}"
     if lost:
         told = joined([_forgotten(row) for row in lost])
         return f"{gained}; later stages gave back some of what was learnt: {told}"
-    if not better:
-        return f"{gained}, and no worse on any" if len(rows) > 1 else f"{gained}, and no worse"
-    return f"{gained}; nothing that was measured got worse"
+    if worse:
+        return gained
+    if better:
+        return f"{gained}; nothing that was measured got worse"
+    return f"{gained}, and no worse{' on any' if len(rows) > 1 else ''}"
 
 
 def _of(better: Sequence[Row], rows: Sequence[Row]) -> str:
@@ -64,7 +66,8 @@ def _of(better: Sequence[Row], rows: Sequence[Row]) -> str:
 
 def _change(row: Row) -> str:
     one, two = _ends(row)
-    return f"{row.name} ({_metric(row)} {_way(one, two)})"
+    unsure = ", within the error" if is_unsure(one, two) else ""
+    return f"{row.name} ({_metric(row)} {_way(one, two)}{unsure})"
 
 
 def _forgot(row: Row) -> bool:

@@ -18,17 +18,29 @@ def value(number: float | None) -> str:
     size = abs(number)
     if size >= 100_000 or 0 < size < 0.001:
         return f"{number:.2e}".replace("-", MINUS)
-    return f"{number:,.{1 if size >= 1_000 else 2 if size >= 100 else 3}f}".replace("-", MINUS)
+    return f"{number:,.{_decimals(number)}f}".replace("-", MINUS)
 
 
-def signed(number: float | None) -> str:
-    """A change: with its sign, and without one if it is none."""
+def signed(number: float | None, like: float | None = None) -> str:
+    """A change: with its sign, and without one if it is none.
+
+    Args:
+        number: the change.
+        like: a value that it is a change of, whose decimals it has; if not given, its own.
+    """
     if number is None or math.isnan(number):
         return UNKNOWN
-    told = value(number)
+    fixed = like is not None and math.isfinite(number) and 0.001 <= abs(like) < 100_000
+    told = f"{number:,.{_decimals(like)}f}" if fixed and like is not None else value(number)
+    told = told.replace("-", MINUS)
     if not any(digit in told for digit in "123456789∞"):
         return told.removeprefix(MINUS)
     return told if number < 0 else f"+{told}"
+
+
+def _decimals(number: float) -> int:
+    size = abs(number)
+    return 1 if size >= 1_000 else 2 if size >= 100 else 3
 
 
 def share(part: float | None, digits: int = 1) -> str:
