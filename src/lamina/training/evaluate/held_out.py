@@ -99,7 +99,6 @@ def read_parts(asked: Asked, *methods: Method, masked: bool = True) -> list[Part
     """
 
     def read(data: Data) -> tuple[Examples, Method]:
-        _check(data)
         source = open_data(data, asked.root)
         method = _method(source, methods)
         return read_examples(source, method), method
@@ -121,16 +120,6 @@ def _method(source: Source, methods: Sequence[Method]) -> Method:
             find_layout(source.data, method, rows)
             return method
     return methods[0]
-
-
-def _check(data: Data) -> None:
-    faults = []
-    if data.streaming:
-        faults.append("streaming: an eval is read whole; max_samples takes the first of it")
-    if data.weight is not None:
-        faults.append("weight: every example of an eval is measured once")
-    if faults:
-        raise DataError(f"{data.path} can't be measured on as asked.", faults=faults)
 
 
 def _part(asked: Asked, examples: Examples, count: int, settings: Settings, masked: bool) -> Part:

@@ -13,10 +13,11 @@ from typing import Any
 
 from lamina.errors import LaminaError, PlanError
 from lamina.stages.tokenizers import describe_tokenizer
-from lamina.training.evaluate import exact, functions, losses, preferences
+from lamina.training.evaluate import exact, functions, harness, losses, preferences
 from lamina.training.evaluate.held_out import Asked, cure_of, lines_of
 from lamina.training.evaluate.material import Material
 from lamina.training.plan import Plan
+from lamina.training.plan.evals import faults_of_eval
 from lamina.training.plan.schema import Eval
 
 # Changes where the same model would be given another score of the same data.
@@ -72,7 +73,15 @@ def prepare_evals(
 
 
 def _prepared(asked: Asked) -> Prepared:
-    material = _PREPARED_BY.get(asked.eval.metric, functions.prepare)(asked)
+    faults = [
+        ": ".join(filter(None, (".".join(map(str, where)), what)))
+        for where, what in faults_of_eval(asked.eval.model_dump(exclude_unset=True))
+    ]
+    if faults:
+        raise PlanError("It can't be measured so.", faults=faults, cure="leave these out")
+    metric = asked.eval.metric
+    prepare = harness.prepare if asked.eval.lm_eval else _BY_METRIC.get(metric, functions.prepare)
+    material = prepare(asked)
     told = json.dumps(dict(_depends(asked, material)), sort_keys=True)
     return Prepared(asked.name, asked.eval, hashlib.sha256(told.encode()).hexdigest(), material)
 
@@ -87,7 +96,7 @@ def _depends(asked: Asked, material: Material) -> Iterator[tuple[str, Any]]:
         yield f"version of {package}", version(package)
 
 
-_PREPARED_BY: dict[str, Callable[[Asked], Material]] = {
+_BY_METRIC: dict[str, Callable[[Asked], Material]] = {
     "loss": losses.prepare,
     "accuracy": preferences.prepare,
     "exact_match": exact.prepare,

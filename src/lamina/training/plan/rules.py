@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from lamina.training.plan.adapters import FIELDS
 from lamina.training.plan.document import Fault, Where
+from lamina.training.plan.evals import faults_of_eval
 from lamina.training.plan.messages import hint
 from lamina.training.plan.schema import ONE_OF
 from lamina.training.plan.settings import Method, Mode
@@ -182,10 +183,8 @@ def _of_evals(evals: Any, stages: list[Any]) -> Iterator[Fault]:
         if stage is not None and stage not in stages:
             told = f"there is no stage {stage!r}{hint(stage, [*filter(None, stages)])}"
             yield ("evals", name, "stage"), told
-        given = [key for key in ("datasets", "lm_eval") if each.get(key)]
-        if len(given) != 1:
-            told = "both" if given else "neither"
-            yield ("evals", name), f"an eval has either datasets or lm_eval; this has {told}"
+        for where, what in faults_of_eval(each):
+            yield ("evals", name, *where), what
 
 
 def _either(key: str, stage: dict[str, Any], defaults: dict[str, Any]) -> Any:
