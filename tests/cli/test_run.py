@@ -165,3 +165,33 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     stage = json.loads(out)["stages"][0]
     assert stage["status"] == "resumed"
     assert stage["why"] == f"went on from step {step}"
+
+
+def test_a_run_ends_with_a_matrix_a_report_and_what_gates_say(tmp_path: Path) -> None:
+    evals = {"talks": {"datasets": "sft.jsonl"}}
+    gate = {"may_lose": {"talks": "-50%"}}
+    plan = plans.write_plan(tmp_path, [STAGES[1] | {"mode": None, "gate": gate}], evals=evals)
+    code, out, err = lamina_says("run", plan)
+    assert code == 2
+    assert "b doesn't pass its gate: talks: loss " in err
+    assert "error: Stage 'b' costs more than its gate allows." in err
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
+    rolled_back = lamina_says("run", plan, "stages.b.gate.on_failure=rollback")
+    assert rolled_back[0] == 0
+    assert "b was rolled back: talks: loss " in rolled_back[1]
+    assert "no stage counts" in rolled_back[1]
+    code, out, err = lamina_says("run", plan, "stages.b.gate.may_lose.talks=99%")
+    assert code == 0, err
+    assert out.split("eval   measures")[1].split()[:6] == [
+        "base",
+        "b",
+        "gain",
+        "forgotten",
+        "talks",
+        "loss",
+    ]
+    assert f"the report is {tmp_path / 'out' / 'report' / 'index.html'}" in out.replace("\n", "")
+    said = lamina_says("status", tmp_path / "out")[1]
+    assert "talks  loss" in said
+    told = json.loads(lamina_says("status", tmp_path / "out", "--json")[1])
+    assert told["matrix"]["columns"] == ["base", "b"]

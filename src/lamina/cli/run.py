@@ -30,6 +30,9 @@ def run(
     restart: Annotated[
         bool, typer.Option("--restart", help="Run every stage anew, whatever is there.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option(help="Write the report into output_dir/report at the end.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Take the base of a plan through all its stages.
@@ -50,6 +53,7 @@ def run(
             document=opened.document,
             console=told,
             resume=not restart,
+            report=report,
         )
     if as_json:
         print_json(dataclasses.asdict(result))

@@ -75,9 +75,15 @@ def write_plan(
     return path
 
 
-def run(path: Path, *changes: str, console: Told | None = None, resume: bool = True) -> RunResult:
+def run(
+    path: Path,
+    *changes: str,
+    console: Told | None = None,
+    resume: bool = True,
+    report: bool = False,
+) -> RunResult:
     plan: Plan = read_plan(path, changes)
-    return run_plan(plan, root=path.parent, console=console, resume=resume)
+    return run_plan(plan, root=path.parent, console=console, resume=resume, report=report)
 
 
 def tensors(stage: str | Path) -> dict[str, Tensor]:

@@ -68,7 +68,8 @@ def scores(folder: Path) -> dict[str, float]:
 def test_a_stage_that_costs_too_much_ends_the_run(base: Path, tmp_path: Path) -> None:
     path = write_plan(tmp_path, [FIRST, spoiling(), LAST], base=base, evals=EVALS)
     with pytest.raises(GateError, match="Stage 'b' costs more than its gate allows") as caught:
-        plans.run(path)
+        plans.run(path, report=True)
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "texts: loss" in caught.value.faults[0]
     assert "it may lose 0.1%" in caught.value.faults[0]
     assert [each.status for each in status_of(tmp_path / "out").stages] == [

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from lamina.errors import PlanError
+from lamina.errors import GateError, PlanError
 from lamina.extras import require
 from lamina.interop.peft import install, installed, uninstall
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Document
 from lamina.training.plan.located import located
 from lamina.training.preflight import check_plan
+from lamina.training.report import write_report
 from lamina.training.run.interrupts import Stop, stopped_by_signals
 from lamina.training.run.lock import locked
 from lamina.training.run.quiet import quiet
@@ -30,6 +32,7 @@ def run_plan(
     document: Document | None = None,
     console: Told | None = None,
     resume: bool = True,
+    report: bool = True,
 ) -> RunResult:
     """Take the base of a plan through its stages.
 
@@ -50,6 +53,7 @@ def run_plan(
         document: of the plan, for the lines of what is wrong with it.
         console: what hears of the progress.
         resume: go on from what is there; False runs every stage anew.
+        report: write the report of a run that came to its end, or to a gate that ended it.
 
     Raises:
         PlanError, RunError, DataError: before anything is trained, with all that is wrong.
@@ -58,7 +62,7 @@ def run_plan(
         GateError: a stage cost more than its gate allows.
         VerificationError: a stage, opened again, doesn't answer as when it was saved.
     """
-    for package in ("trl", "datasets"):
+    for package in ("trl", "datasets", *(("matplotlib", "jinja2") if report else ())):
         require(package, "train")
     folder = Path(root).expanduser().resolve()
     plan = located(plan, folder).model_copy(
@@ -70,7 +74,16 @@ def run_plan(
         directory = Path(plan.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         with disk_faults_told(directory), locked(directory):
-            return Stages(plan, folder, console or Told(), stop, resume=resume).all_of_them()
+            stages = Stages(plan, folder, console or Told(), stop, resume=resume)
+            try:
+                result = stages.all_of_them()
+            except GateError:
+                if report:
+                    write_report(directory)
+                raise
+            if report and not result.interrupted:
+                result = replace(result, report=str(write_report(directory).html))
+            return result
 
 
 @contextmanager
