@@ -123,6 +123,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
         view.step("chat", 3, 1000)
         now = 0.5
         view.logged("chat", 3, {"loss": 1.25, "memory": 3 << 30})
+        view.logged("chat", 3, {"eval_loss": 1.5})
         out.print(view)
         lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
         assert max(map(len, lines)) <= width
@@ -131,7 +132,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
         assert "loss 1.2500" in lines[1]
         assert lines[1].rstrip().endswith("2.0/s, 8:18 min left")
         assert "waiting" in lines[2]
-        assert "3.0 GiB of memory at most" in lines[3]
+        assert lines[3].strip() == "chat, held out: loss 1.5000   3.0 GiB of memory at most"
 
 
 def test_spans_of_time_are_short() -> None:

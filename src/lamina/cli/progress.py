@@ -110,7 +110,7 @@ class _Row:
         steps: of all.
         began: when training began, and at which step.
         loss: the last one.
-        note: why it is run again, its last score, or what else there is to say.
+        note: why it is run again, or what else there is to say.
         gate: the bounds that it broke.
     """
 
@@ -131,6 +131,7 @@ class View(Told):
         self._rows: dict[str, _Row] = {}
         self._stages: frozenset[str] = frozenset()
         self._memory: int | None = None
+        self._last = ""
 
     def __rich__(self) -> RenderableType:
         """The view as it is now."""
@@ -150,9 +151,11 @@ class View(Told):
                 Text("" if row.loss is None else f"loss {row.loss:.4f}"),
                 Text(_pace(row, self._now()) or row.note, style="dim", overflow="ellipsis"),
             )
-        if self._memory is None:
+        memory = "" if self._memory is None else f"{size(self._memory)} of memory at most"
+        below = "   ".join(filter(None, (self._last, memory)))
+        if not below:
             return shown
-        return Group(shown, Text(f"  {size(self._memory)} of memory at most", style="dim"))
+        return Group(shown, Text(f"  {below}", style="dim", no_wrap=True, overflow="ellipsis"))
 
     def begins(self, stages: Sequence[str], directory: str) -> None:
         """A line for each."""
@@ -177,6 +180,8 @@ class View(Told):
         """Its loss."""
         row = self._rows[name]
         row.loss = values.get("loss", row.loss)
+        if values.get("eval_loss") is not None:
+            self._last = f"{name}, held out: loss {values['eval_loss']:.4f}"
         self._memory = max(values.get("memory") or 0, self._memory or 0) or None
 
     def judging_begins(self, name: str, missing: Sequence[str]) -> None:
@@ -189,10 +194,9 @@ class View(Told):
 
     def measured(self, name: str, eval_name: str, score: Score | None) -> None:
         """The last score."""
-        row = self._rows[name]
-        row.note = f"{eval_name} {scored(score)}"
+        self._last = f"{name}, {eval_name}: {scored(score)}"
         if name not in self._stages:
-            row.status = "measured"
+            self._rows[name].status = "measured"
 
     def gate(self, name: str, judgement: Judgement) -> None:
         """The broken bounds."""
