@@ -13,7 +13,7 @@ CHECKED := src tests scripts benchmarks
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ecosystem torture lint format bench docs pins clean
+.PHONY: help setup demo browser test ecosystem torture lint format bench docs pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,15 @@ $(DOCS_STAMP): $(STAMP)
 demo: $(STAMP) ## Take a small model through three stages of real text
 	$(BIN)/lamina demo
 
-test: $(STAMP) ## Run the tests on two processes
+# Without one, the tests that look at reports in a browser are skipped, and say so.
+browser: ## Install Chromium for the tests of reports (as root, on Debian and its like)
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "installing chromium" && \
+	  apt-get -qq -o Acquire::http::Timeout=30 update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; \
+	} || echo "no chromium: reports are not looked at in a browser"
+
+test: $(STAMP) browser ## Run the tests on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 $(ECOSYSTEM_STAMP): pyproject.toml constraints.txt
