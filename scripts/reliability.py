@@ -88,6 +88,22 @@ _SECTIONS = {
         "As another user without permission, and on a filesystem mounted read-only: refused "
         "before anything is done, with not one change to the disk.",
     ),
+    "runs": Section(
+        "Runs that are killed or stopped",
+        "A plan of three stages (plain text, instructions stacked on it, preferences continued) is "
+        "killed with SIGKILL at instants drawn from a seed over the whole of it, or stopped with "
+        "SIGTERM or two Ctrl-C, and the same command is given again. *Same*: everything in "
+        "`output_dir` is what an undisturbed run leaves: every bit of every tensor, configs, "
+        "records, `run.json`, `evaluation.json` and logs, up to times and memory. *During* says "
+        "what a run was at.",
+    ),
+    "full disk in a run": Section(
+        "A disk that fills up during a run",
+        "While a run goes on, a real small disk is filled up to a few pages, or a change to the "
+        "disk is made to fail. *Refused*: one error that says so and what to do; then, with room "
+        "again, the same command comes to the undisturbed end. *Harmless*: only tidying up was "
+        "hit; *in time*: the run needed no more room.",
+    ),
     "mutants": Section(
         "Broken files",
         "Adapter directories with something broken in them: bytes, headers, records, configs, "
@@ -141,6 +157,13 @@ def _summary(figures: Mapping[str, Any]) -> list[str]:
             lambda: (
                 f"{total('kills', 'kills', 'steps', 'pages'):,} kills, "
                 f"{total('mixtures', 'kills', 'steps', 'pages'):,} mixtures"
+            ),
+        ),
+        (
+            "runs",
+            lambda: (
+                f"{total('kills', 'runs') + total('stopped', 'runs'):,} times a run of three "
+                "stages was killed or stopped, and then came to the undisturbed end, bit for bit"
             ),
         ),
         (

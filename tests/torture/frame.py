@@ -57,8 +57,12 @@ class Child:
 
     def kill(self) -> None:
         """kill -9."""
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
 
     def wait(self) -> End | None:
         """Its end; None if it stopped itself."""

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ class Server:
         self.cases: dict[str, Case] = {}
 
     def prepare(self, name: str, work: str) -> None:
-        """Make what a case reads."""
-        case = CASES[name]()
+        """Make what a case reads; one that is none of `CASES` is `module:class`."""
+        module, _, own = name.partition(":")
+        case: Case = getattr(import_module(module), own)() if own else CASES[name]()
         case.prepare(Path(work))
         self.cases[work] = case
 
@@ -79,7 +81,8 @@ def _live(act: Callable[[], None], fate: dict[str, Any], told: Path) -> None:
         try:
             act()
             ended["error"] = None
-        except Exception as error:
+        except BaseException as error:
+            # Ctrl-C is among them.
             ended["error"] = type(error).__name__
             ended["text"] = str(error)
             ended["trace"] = traceback.format_exc()
