@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from lamina.errors import DataError, LaminaError
 from lamina.training.data import Examples, Source, open_data, read_examples
 from lamina.training.data.chat import check_rendering, check_template
-from lamina.training.data.formats import find_layout
+from lamina.training.data.formats import LEARNS_FROM, find_layout
 from lamina.training.data.tokens import Sequences, tokenize
 from lamina.training.evaluate.likelihood import Labelled
 from lamina.training.plan import Plan
@@ -100,7 +99,7 @@ def read_parts(asked: Asked, *methods: Method, masked: bool = True) -> list[Part
 
     def read(data: Data) -> tuple[Examples, Method]:
         source = open_data(data, asked.root)
-        method = _method(source, methods)
+        method = _method(source, methods, asked.eval.metric)
         return read_examples(source, method), method
 
     parts: list[Part] = []
@@ -113,12 +112,20 @@ def read_parts(asked: Asked, *methods: Method, masked: bool = True) -> list[Part
     return parts
 
 
-def _method(source: Source, methods: Sequence[Method]) -> Method:
+def _method(source: Source, methods: Sequence[Method], metric: str) -> Method:
+    """The first method that has something to learn from data laid out as this."""
     rows = source.first()
-    for method in methods[1:] and methods:
-        with suppress(DataError):
+    errors: list[DataError] = []
+    for method in methods if rows else ():
+        try:
             find_layout(source.data, method, rows)
             return method
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        first, method = errors[0], methods[0]
+        reads = f"{metric} reads what {method} learns from: {', '.join(LEARNS_FROM[method])}"
+        raise DataError(first.what, faults=[*first.faults, reads], cure=first.cure)
     return methods[0]
 
 

@@ -46,6 +46,6 @@ def find_function(name: str) -> Callable[..., Any]:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PlanError(
             f"{name}: {module_name} has no function {function!r}{hint}",
-            cure=f"define it in {module.__file__ or module_name}",
+            cure=f"define it in {getattr(module, '__file__', None) or module_name}",
         )
     return found  # type: ignore[no-any-return]
