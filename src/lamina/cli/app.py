@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from lamina._version import __version__
 from lamina.cli.as_peft import PASS_ON, as_peft
 from lamina.cli.chat import chat
+from lamina.cli.compare import compare
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.diff import diff
@@ -93,6 +94,7 @@ for _verb in (
     logs,
     report,
     chat,
+    compare,
     inspect,
     doctor,
     verify,

@@ -1,0 +1,1 @@
+"""Talking to the stages of a chain, and laying their answers side by side."""
