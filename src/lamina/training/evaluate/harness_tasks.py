@@ -142,8 +142,14 @@ def keeping_quiet() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=8)
 def _manager(folders: tuple[Path, ...], built_in: bool) -> Any:
+    files = sorted(file for folder in folders for file in folder.glob("**/*.yaml"))
+    return _indexed(folders, built_in, tuple((each, each.stat().st_mtime_ns) for each in files))
+
+
+@lru_cache(maxsize=4)
+def _indexed(folders: tuple[Path, ...], built_in: bool, files: tuple[tuple[Path, int], ...]) -> Any:
+    """What is defined there; it is looked for anew when a file changes."""
     with keeping_quiet():
         tasks = require("lm_eval.tasks", "eval")
         return tasks.TaskManager(include_path=list(folders), include_defaults=built_in)
