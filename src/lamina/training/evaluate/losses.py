@@ -30,7 +30,7 @@ class Texts:
     @property
     def content(self) -> str:
         """A digest of what is measured."""
-        return digest_of(self.sequences)
+        return f"{digest_of(self.sequences)} {self.left_out}"
 
     def measure(self, model: Any, tokenizer: Any, way: Way) -> Score | None:
         """L = sum_i l_i / sum_i n_i, example i having n_i labels of l_i nats together.

@@ -52,6 +52,7 @@ class Preferences:
         told = hashlib.sha256()
         for pairs in filter(None, (self.answers, self.scored)):
             told.update(digest_of((*pairs.chosen, *pairs.rejected)).encode())
+            told.update(f" {pairs.left_out} ".encode())
         return told.hexdigest()
 
     def measure(self, model: Any, tokenizer: Any, way: Way) -> Score | None:
