@@ -321,17 +321,26 @@ def interrupted(base: Path, folder: Path, *, at: int) -> Path:
 
 
 @pytest.mark.slow
-def test_row_16_a_changed_alpha_is_told_and_nothing_stale_goes_on(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("stages.second.lora_alpha=64", {"second": "lora_alpha: 8.0 -> 64.0"}),
+        (
+            "stages.first.learning_rate=0.01",
+            {"first": "learning_rate: 0.02 -> 0.01", "second": "the stage before changed"},
+        ),
+    ],
+)
+def test_row_16_what_changed_meanwhile_is_told_and_nothing_stale_goes_on(
+    change: str, told: dict[str, str], base: Path, tmp_path: Path
 ) -> None:
     path = interrupted(base, tmp_path, at=3)
     heard = Steps()
-    changed = plans.run(path, "stages.second.lora_alpha=64", console=heard)
-    assert heard.why["second"] == "lora_alpha: 8.0 -> 64.0"
-    assert [each.status for each in changed.stages] == ["kept", "trained"]
-    # From its beginning, to the end that the new alpha comes to by itself.
-    assert heard.began["second"] == 0
-    fresh = plans.run(path, "stages.second.lora_alpha=64", f"output_dir={tmp_path / 'fresh'}")
+    changed = plans.run(path, change, console=heard)
+    assert heard.why == told
+    # From its beginning, to the end that the new setting comes to by itself.
+    assert heard.began == dict.fromkeys(told, 0)
+    fresh = plans.run(path, change, f"output_dir={tmp_path / 'fresh'}")
     mine, theirs = plans.tensors(changed.path), plans.tensors(fresh.path)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
