@@ -65,11 +65,11 @@ class Eval(PlanPart):
         max_samples: the first so many examples.
         higher_is_better: of a function's values; of the other metrics it is known.
         stage: whose task it is, for what later stages did to it; if not given, the stage in which
-            it got better most.
-        max_samples: the first so many examples.
-        max_length: tokens per example; longer ones are cut.
+            it got better most. Losses count the tokens that it trains on.
+        max_samples: the first so many examples, of lm_eval those of each task.
+        max_length: tokens per example; longer ones are cut, and prompts of generation refused.
         max_new_tokens: of generation.
-        lm_eval: tasks of the lm-eval harness, instead of data.
+        lm_eval: tasks of the lm-eval harness, instead of data: names, or paths of YAML files.
         num_fewshot: examples that its tasks are shown; if not given, as many as a task says.
     """
 
