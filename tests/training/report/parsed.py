@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"meta", "source", "img", "path", "rect", "br", "link", "input"}
+VOID = {"meta", "source", "img", "br", "link", "input"}
 
 
 @dataclass

@@ -70,5 +70,6 @@ def test_changes_within_the_errors_are_marked_and_not_hidden(shown: ShownMatrix)
 def test_a_cell_says_all_in_words(shown: ShownMatrix) -> None:
     told = shown.rows[0].cells[1].title.splitlines()
     assert told[0] == "loss 2.861 ± 0.012, on 200 examples"
-    assert told[1].startswith("11.0") and told[1].endswith("better than the stage before")
+    assert told[1].startswith("11.0")
+    assert told[1].endswith("better than the stage before")
     assert told[-1] == "perplexity: 17.479"

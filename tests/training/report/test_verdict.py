@@ -27,7 +27,9 @@ def verdict(folder: Path, scores: tuple[Mapping[str, float], ...], **changes: fl
         evaluation = evaluation.having(name, Judged("", measured))
     evaluation.write(run)
     facts = facts_of(run)
-    return sentence_of(facts, matrix_of(facts.evaluation, facts.chain)).replace("\N{NO-BREAK SPACE}", " ")
+    return sentence_of(facts, matrix_of(facts.evaluation, facts.chain)).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
 def test_gains_alone(tmp_path: Path) -> None:

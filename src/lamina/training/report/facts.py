@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from lamina.checkpoint.describe import AdapterDescription, describe_adapter
-from lamina.checkpoint.record import Base
+from lamina.checkpoint.record import Base, Mode
 from lamina.errors import LaminaError, RunError
 from lamina.training.evaluate.scores import FILE as EVALUATION
 from lamina.training.evaluate.scores import Evaluation, Judged, ModuleDrift
@@ -50,7 +50,7 @@ class StageFacts:
     number: int
     state: StageState | None
     standing: str
-    mode: str | None
+    mode: Mode | None
     built_on: str | None
     in_chain: bool
     adapter: AdapterDescription | None
@@ -230,8 +230,8 @@ def _standing(state: StageState | None, running: bool) -> str:
     return "cut off" if state.status == "running" and not running else state.standing
 
 
-def _mode(state: StageState | None, adapter: AdapterDescription | None) -> str | None:
+def _mode(state: StageState | None, adapter: AdapterDescription | None) -> Mode | None:
     if adapter is not None and adapter.has_record:
         return adapter.chain.stages[-1].mode
-    told = state.inputs.get("mode", "fresh") if state else None
-    return told if isinstance(told, str) else "fresh" if state else None
+    told = state.inputs.get("mode") if state else None
+    return told if told in get_args(Mode) else "fresh" if state else None

@@ -100,8 +100,8 @@ def _begun(stage: StageFacts) -> str:
     below = stage.built_on or "the base"
     if stage.mode in {None, "fresh"}:
         return f"on {below}"
-    words = {"continue": f"continues {below}", "stack": f"stacked on {below}"}
-    return words.get(str(stage.mode), f"over {below}, merged")
+    words = {"continue": "continues", "stack": "stacked on", "merge": "over the merged"}
+    return f"{words[stage.mode]} {below}"
 
 
 def _notes(stage: StageFacts) -> Iterator[str]:

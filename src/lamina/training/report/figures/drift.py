@@ -79,7 +79,6 @@ def _panel(
     layers = sorted({layer for layer, _ in found}, key=lambda layer: -1 if layer is None else layer)
     kinds = list(dict.fromkeys(kind for _, kind in found))
     colours = LinearSegmentedColormap.from_list("heat", list(theme.heat))
-    colours.set_bad(alpha=0)
     values = [[found.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
     few = len(layers) <= _MOST
     mesh = axes.pcolormesh(
