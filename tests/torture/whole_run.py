@@ -22,7 +22,8 @@ LOCK = ".run.lock"
 _TIMES = re.compile(r"seconds|time|memory|created|files|runtime|_per_second|output_dir")
 STAGES: list[dict[str, Any]] = [
     {"name": "domain", "method": "pt", "lora_dropout": 0.2},
-    {"name": "chat", "method": "sft", "mode": "stack", "lora_dropout": 0.2},
+    # A line of the log is of steps before and after a checkpoint.
+    {"name": "chat", "method": "sft", "mode": "stack", "lora_dropout": 0.2, "logging_steps": 3},
     {"name": "taste", "method": "dpo", "mode": "continue"},
 ]
 EVALS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import lamina
 from lamina.training.run import Told
 from tests.training.run import plans
 from tests.training.trainers.test_methods import EXTRA, REWARDS
@@ -88,3 +90,22 @@ def test_a_method_goes_on_bit_for_bit(method: str, folder: Path) -> None:
 def test_a_choice_goes_on_bit_for_bit(changes: dict[str, Any], folder: Path) -> None:
     at = 2 if "early_stopping_patience" in changes else 3
     assert differing(folder, {"method": "sft", "mode": "stack", **changes}, at) == []
+
+
+def test_a_line_of_the_log_is_of_all_its_steps(folder: Path) -> None:
+    """Stopped between two lines: the next one still tells the mean of what came before."""
+    own = {"name": "own", "method": "sft", "mode": "stack", "logging_steps": 3, "max_steps": 6}
+    told = []
+    for output, console in (("lines", None), ("cut-lines", Stopping(5))):
+        path = plans.write_plan(folder, [FIRST, own], base=folder / "base", output_dir=output)
+        if plans.run(path, console=console).interrupted:
+            plans.run(path)
+        log = (folder / output / "logs" / "own.jsonl").read_text().splitlines()
+        told.append([line for line in map(json.loads, log) if "loss" in line])
+    whole, cut = told
+    assert [line["step"] for line in cut] == [1, 3, 6]
+    for name in ("loss", "num_tokens", "entropy", "mean_token_accuracy"):
+        assert [line[name] for line in cut] == [line[name] for line in whole], name
+    assert (
+        cut[-1]["loss"] == lamina.lineage(folder / "cut-lines" / "own").newest.metrics["train_loss"]
+    )

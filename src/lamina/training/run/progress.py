@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lamina.storage.whole import write_whole
 from lamina.training.run.checkpoints import seal
 
 _FILE = "trainer_state.json"
-_STOPPING, _TOKENS = "EarlyStoppingCallback", "Tokens"
+_STOPPING, _TALLY = "EarlyStoppingCallback", "Tally"
 
 
 def relocate(checkpoint: Path, stage_hash: str) -> None:
@@ -39,7 +40,7 @@ class Progress:
         history: the entries of the log.
         best: the checkpoint with the best evaluation, where one is looked for.
         waited: evaluations without a better loss.
-        tokens: that were trained on, where the trainer counts them.
+        tally: what the trainer had counted since it last told.
     """
 
     step: int = 0
@@ -47,7 +48,7 @@ class Progress:
     history: tuple[dict[str, Any], ...] = ()
     best: Path | None = None
     waited: int = 0
-    tokens: int = 0
+    tally: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Path | None) -> Progress:
@@ -63,7 +64,7 @@ class Progress:
             # The run may have been moved; its checkpoints lie beside one another.
             best=checkpoint.parent / Path(best).name if best else None,
             waited=_kept(told, _STOPPING).get("early_stopping_patience_counter", 0),
-            tokens=_kept(told, _TOKENS).get("counted", 0),
+            tally=_kept(told, _TALLY),
         )
 
     def is_done(self, patience: int | None) -> bool:

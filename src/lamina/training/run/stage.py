@@ -27,7 +27,7 @@ from lamina.training.run.checkpoints import newest, step_of
 from lamina.training.run.interrupts import Stop
 from lamina.training.run.log import Log
 from lamina.training.run.progress import Progress, relocate
-from lamina.training.run.tokens import Tokens
+from lamina.training.run.tally import Tally
 from lamina.training.run.told import Told
 from lamina.training.trainers import METHODS, Job
 from lamina.training.trainers.arguments import arguments_for
@@ -187,8 +187,8 @@ def _trainer(task: Task, model: PeftModel, following: Following, progress: Progr
         evaluates=task.data.evaluation is not None,
         lora_dropout=model.peft_config[task.stage.name].lora_dropout,
     )
-    tokens = Tokens(progress.tokens)
-    callbacks: list[Any] = [Checks(model), following, tokens]
+    tally = Tally(progress.tally)
+    callbacks: list[Any] = [Checks(model), following, tally]
     if settings.early_stopping_patience:
         stopping = EarlyStoppingCallback(settings.early_stopping_patience)
         stopping.early_stopping_patience_counter = progress.waited
@@ -205,7 +205,7 @@ def _trainer(task: Task, model: PeftModel, following: Following, progress: Progr
         optimizer=_loraplus(model, arguments, settings),
     )
     trainer = method.trainer(job)
-    tokens.follow(trainer)
+    tally.follow(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
