@@ -184,6 +184,9 @@ def _converse(told: Console, talk: Conversation) -> None:
             _end_answer(told, reply)
         except LaminaError as error:
             print_error(error)
+        except KeyboardInterrupt:
+            # While a stage is read; what was shown is shown.
+            told.print(Text("\nstopped", style="dim"))
 
 
 def _edit_lines() -> None:

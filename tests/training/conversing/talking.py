@@ -27,18 +27,18 @@ CHAIN = [
 ]
 
 
-def tokenizer(template: str | None = TEMPLATE) -> Any:
+def tokenizer(template: str | None = TEMPLATE, *, ends: bool = True) -> Any:
     made = words()
     made.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     # No other word begins so: a special token would be found inside of it.
-    made.eos_token = "w63"
+    made.eos_token = "w63" if ends else None
     made.chat_template = template
     return made
 
 
-def make_run(folder: Path, *, template: str | None = TEMPLATE, **changes: Any) -> Path:
+def make_run(folder: Path, *, ends: bool = True, **changes: Any) -> Path:
     """OUT, with a directory for each stage of `CHAIN`; the base is beside it."""
-    tok = tokenizer(template)
+    tok = tokenizer(ends=ends)
     if not (folder / "base").exists():
         models.tiny_llama(**changes).save_pretrained(folder / "base")
         tok.save_pretrained(folder / "base")
