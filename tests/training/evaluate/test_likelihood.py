@@ -34,6 +34,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "Granite": {"logits_scaling": 0.1},
     "Qwen3Moe": {**_MIXTURE, "output_router_logits": True},
     "Mistral": {"sliding_window": 5},
+    # Its head reads a part of its body, which is passed over.
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "Mamba": {"state_size": 4},
 }
 
 

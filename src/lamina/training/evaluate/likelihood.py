@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.training.data.tokens import Tokens
+from lamina.training.evaluate.generating import root_of
 
 # Logits that are held at once: 128 MiB in fp32, at 223 tokens of a vocabulary of 150,000.
 _LOGITS = 1 << 25
@@ -50,8 +51,8 @@ def negative_log_likelihoods(
     Hidden states are computed a batch at a time, `batch_size x length x hidden` in the model's
     dtype; logits of the labels alone, and at most 2^25 of them at once: 128 MiB in fp32, beside
     as much again for the softmax and a copy in the model's dtype. Log probabilities are taken in
-    fp32 and summed in fp64. A causal model without a separate body gives the logits of a whole
-    batch in its own dtype.
+    fp32 and summed in fp64. A model that doesn't call its own `base_model` gives the logits of a
+    whole batch in its own dtype.
 
     Args:
         sequences: of any lengths; a batch is padded at its right, which no label sees.
@@ -72,77 +73,67 @@ def negative_log_likelihoods(
     return found
 
 
-class _Whole:
-    """All logits of a batch in one forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._logits = torch.empty(0)
-
-    def read(self, ids: Tensor, mask: Tensor) -> None:
-        """Take a batch in."""
-        told = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
-        self._logits = self._model(**told, use_cache=False).logits
-
-    def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What was said at these places of the batch, places x vocabulary."""
-        return self._logits[rows.to(self._logits.device), columns.to(self._logits.device)]
-
-
-class _Parted:
+class _Steps:
     """The hidden states of a batch, then logits of some of them.
 
     Both are forwards of the whole model, so that whatever it does with logits is done: scaling,
     soft caps. In the first its body runs, and its head sees one token; in the others its body gives
-    what it gave before.
+    what it gave before. Where a model doesn't go by its body, the first gives all logits.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[..., Any] | None) -> None:
         self._model, self._run = model, run
         self._device = next(model.parameters()).device
-        self._ids = torch.empty(0)
+        self._ids = self._all = torch.empty(0)
         self._hidden: Tensor | None = None
         self._given: Tensor | None = None
         self._output: Any = None
 
     def body(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for the forward of the body."""
-        if self._given is None:
-            self._output = self._run(*args, **kwargs)
-            self._hidden = self._output.last_hidden_state
-            self._output.last_hidden_state = self._hidden[:, :1]
-        else:
+        assert self._run is not None
+        if self._given is not None:
             self._output.last_hidden_state = self._given
+            return self._output
+        self._output = self._run(*args, **kwargs)
+        self._hidden = getattr(self._output, "last_hidden_state", None)
+        if self._hidden is not None:
+            self._output.last_hidden_state = self._hidden[:, :1]
         return self._output
 
     def read(self, ids: Tensor, mask: Tensor) -> None:
         """Take a batch in."""
-        self._ids, self._given = ids.to(self._device), None
-        self._model(input_ids=self._ids, attention_mask=mask.to(self._device), use_cache=False)
+        self._ids = ids.to(self._device)
+        self._hidden = self._given = None
+        mask = mask.to(self._device)
+        self._all = self._model(input_ids=self._ids, attention_mask=mask, use_cache=False).logits
 
     def logits(self, rows: Tensor, columns: Tensor) -> Tensor:
         """What is said at these places of the batch, places x vocabulary."""
-        assert self._hidden is not None
-        device = self._hidden.device
-        self._given = self._hidden[rows.to(device), columns.to(device)][None]
-        ids = self._ids[rows.to(self._device), columns.to(self._device)][None]
+        if self._hidden is None:
+            return _at(self._all, rows, columns)
+        self._given = _at(self._hidden, rows, columns)[None]
+        ids = _at(self._ids, rows, columns)[None]
         logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
         return logits
 
 
+def _at(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return values[rows.to(values.device), columns.to(values.device)]
+
+
 @contextmanager
-def _in_two_steps(model: Any) -> Iterator[_Whole | _Parted]:
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _in_two_steps(model: Any) -> Iterator[_Steps]:
+    whole = root_of(model)
     body = getattr(whole, "base_model", whole)
     if body is whole or not isinstance(body, nn.Module):
-        yield _Whole(model)
+        yield _Steps(model, None)
         return
     own = vars(body).get("forward")
-    parted = _Parted(model, body.forward)
-    body.forward = parted.body
+    steps = _Steps(model, body.forward)
+    body.forward = steps.body
     try:
-        yield parted
+        yield steps
     finally:
         if own is None:
             del body.forward
@@ -150,7 +141,7 @@ def _in_two_steps(model: Any) -> Iterator[_Whole | _Parted]:
             body.forward = own
 
 
-def _of_batch(batch: Sequence[Labelled], steps: _Whole | _Parted, chunk: int) -> Tensor:
+def _of_batch(batch: Sequence[Labelled], steps: _Steps, chunk: int) -> Tensor:
     ids = nn.utils.rnn.pad_sequence([each.ids.long() for each in batch], batch_first=True)
     sizes = torch.tensor([len(each.ids) for each in batch])
     mask = torch.arange(ids.shape[1]) < sizes[:, None]
