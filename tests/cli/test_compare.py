@@ -117,6 +117,10 @@ def test_without_prompts_it_tells_what_the_run_recorded(out: Path, tmp_path: Pat
     done = lamina("compare", folder, "--json", "--stages", "dpo")
     assert obeyed(done.stdout) == []
     assert json.loads(done.stdout)["asked"] == ["dpo"]
+    done = lamina("compare", folder, "--base", "other", "--no-verify")
+    assert done.exit_code == 2
+    assert "--base" in done.stderr
+    assert "--no-verify" in done.stderr
     done = lamina("compare", out / "dpo")
     assert done.exit_code == 2
     assert "has no answers on record" in done.stderr

@@ -43,7 +43,9 @@ def compare(  # noqa: PLR0913, PLR0917
     stages: Annotated[
         str | None, typer.Option("--stages", help="Only these, such as base,chat.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; 64 if not given.")
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Prompts are texts to go on with, no messages.")
     ] = False,
@@ -64,6 +66,18 @@ def compare(  # noqa: PLR0913, PLR0917
 
     names = [each.strip() for each in stages.split(",") if each.strip()] if stages else None
     asked = _prompts(texts or [], prompts, max_new_tokens, plain)
+    opening = {
+        "base": base,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "load-in-4bit": load_in_4bit,
+        "device": device,
+        "max-new-tokens": max_new_tokens,
+        "plain": plain or None,
+        "no-verify": no_verify or None,
+    }
+    if not asked:
+        _refuse_unused(directory, [name for name, value in opening.items() if value is not None])
     found = None if asked else recorded(directory, names)
     if found is None:
         if not asked:
@@ -91,7 +105,9 @@ def compare(  # noqa: PLR0913, PLR0917
         _print(console(), found)
 
 
-def _prompts(texts: list[str], file: Path | None, max_new_tokens: int, plain: bool) -> list[Prompt]:
+def _prompts(
+    texts: list[str], file: Path | None, max_new_tokens: int | None, plain: bool
+) -> list[Prompt]:
     if not texts and file is None:
         return []
     from lamina.training.conversing.prompts import prompts_of, read_prompts
@@ -101,6 +117,15 @@ def _prompts(texts: list[str], file: Path | None, max_new_tokens: int, plain: bo
     if file is not None:
         found += read_prompts(file, max_new_tokens=max_new_tokens, chat=chat)
     return found
+
+
+def _refuse_unused(directory: str, options: list[str]) -> None:
+    if options:
+        raise DataError(
+            "Without prompts nothing is loaded or asked, so these options have no meaning.",
+            faults=[f"--{name}" for name in options],
+            cure=f"lamina compare {directory} 'a prompt', or --prompts FILE",
+        )
 
 
 @contextmanager
@@ -155,7 +180,9 @@ def _print_stacked(out: Console, found: PromptAnswers) -> None:
 
 
 def _text(answer: StageAnswer) -> Text:
-    said = answer.text.strip()
+    # The indentation of a first line is a part of it, a blank before a first word is not.
+    said = answer.text.rstrip()
+    said = said.lstrip("\n") if said.startswith("\n") else said.lstrip()
     return Text(said) if said else Text("(nothing)", style="dim italic")
 
 
