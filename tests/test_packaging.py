@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.resources
 import re
 import subprocess
 import sys
@@ -30,3 +31,9 @@ def test_constraints_pin_every_torch_without_a_local_version() -> None:
 
 def test_the_typing_marker_ships() -> None:
     assert (ROOT / "src" / "lamina" / "py.typed").is_file()
+
+
+def test_templates_of_reports_ship() -> None:
+    folder = importlib.resources.files("lamina.training.report") / "templates"
+    names = {each.name for each in folder.iterdir()}
+    assert {"index.html.j2", "style.css", "card.md.j2"} <= names

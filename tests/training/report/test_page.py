@@ -114,7 +114,7 @@ def test_the_matrix_is_a_table(page: Tag) -> None:
     ]  # fmt: skip
     assert rows[1] == [
         "docsloss, lower is better", "3.214", "2.861−0.353", "2.934+0.073", "3.804+0.870",
-        "2.941+0.007 ~", "+0.273", "0.080", "−0.080", "domain",
+        "2.941+0.007", "+0.273", "0.080", "−0.080", "domain",
     ]  # fmt: skip
     cells = section(page, "evals").all("td", class_="cell")
     assert (cells[1].attributes["class"] or "").split() == ["cell", "g4", "own"]
@@ -243,3 +243,19 @@ def test_a_stage_that_was_measured_on_nothing(tmp_path: Path, finished: Path) ->
     rows = table_of(section(parse(write_report(copy).html.read_text()), "evals"))
     assert rows[1][3] == "–"
     assert rows[1][5] == "2.941"
+
+
+def test_answers_are_matched_by_their_prompts(tmp_path: Path) -> None:
+    run = made.write_run(tmp_path / "run", made.CHAIN[:2], adapters=False, drift=False)
+    evaluation = Evaluation.read(run)
+    domain = evaluation.stages["domain"]
+    # A prompt that was put in front later, and wasn't put to all yet.
+    first = replace(domain.answers[0], prompt="new", text="newer")
+    evaluation.having("domain", replace(domain, answers=(first, *domain.answers))).write(run)
+    page = parse(write_report(run).html.read_text())
+    told = {
+        each.all("p", class_="asked")[0].words: [t.words for t in each.all("div", class_="text")]
+        for each in page.all("div", class_="prompt")
+    }
+    assert told["new"] == ["newer"]
+    assert told[made.PROMPTS[1]] == ["a = 1 a = 1 a = 1", "import os", "import os"]

@@ -163,7 +163,8 @@ def _aside(matrix: Matrix, row: Row, stage: StageFacts) -> ShownCell:
 def _shown(cell: Cell, before: Cell | None, row: Row, stage: StageFacts | None) -> ShownCell:
     earlier = before.score if before else None
     better = better_by(earlier, cell.score)
-    unsure = is_unsure(earlier, cell.score)
+    # Of a change that is none nobody asks whether it may be chance.
+    unsure = bool(grade_of(better)) and is_unsure(earlier, cell.score)
     return ShownCell(
         value=value(cell.score.value if cell.score else None),
         change="" if cell.change is None else signed(cell.change, _value(cell)),

@@ -83,6 +83,7 @@ def page_of(facts: RunFacts) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     matrix = shown_matrix(facts)
     better, worse, measured = _counts(matrix)
+    lines = sections.stage_lines(facts)
     with drawing():
         curves, drifts = _curves(facts), _drifts(facts)
     return str(
@@ -96,7 +97,8 @@ def page_of(facts: RunFacts) -> str:
             missing=sections.missing(facts),
             graph=graph_of(facts),
             narrow=graph_of(facts, narrow=True),
-            lines=sections.stage_lines(facts),
+            lines=lines,
+            columns=sections.known_columns(lines),
             matrix=matrix,
             transfer=sections.transfer_lines(matrix.matrix.backward_transfer),
             legend=_legend(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,12 @@ class Written:
 def stage_lines(facts: RunFacts) -> list[StageLine]:
     """A line for each stage."""
     return [StageLine(each, dict(_texts(each)), tuple(_notes(each))) for each in facts.stages]
+
+
+def known_columns(lines: Sequence[StageLine]) -> list[str]:
+    """The headings below which something stands."""
+    names = lines[0].texts if lines else {}
+    return [name for name in names if any(each.texts[name] != UNKNOWN for each in lines)]
 
 
 def _texts(stage: StageFacts) -> Iterator[tuple[str, str]]:
@@ -182,14 +189,21 @@ def answers_of(facts: RunFacts) -> list[tuple[str, list[Written]]]:
     """Prompt -> what base and stages wrote, in the order of the base's prompts, or the stages'."""
     judged: list[tuple[StageFacts | None, Judged]] = [(None, facts.evaluation.base)]
     judged += [(each, each.judged) for each in facts.stages if each.judged is not None]
-    count = max(len(each.answers) for _, each in judged)
+    keyed = [(stage, dict(_keyed(each.answers))) for stage, each in judged]
     found = []
-    for number in range(count):
-        there = [(s, each.answers[number]) for s, each in judged if number < len(each.answers)]
+    for key in dict.fromkeys(key for _, answers in keyed for key in answers):
+        there = [(stage, answers[key]) for stage, answers in keyed if key in answers]
         told = {s.name if s else None: answer.text for s, answer in there}
-        lines = [_written(stage, answer, told) for stage, answer in there]
-        found.append((there[0][1].prompt, lines))
+        found.append((key[0], [_written(stage, answer, told) for stage, answer in there]))
     return found
+
+
+def _keyed(answers: Sequence[Answer]) -> Iterator[tuple[tuple[str, int], Answer]]:
+    """By its prompt, and which of those that are the same: plans and their prompts change."""
+    seen: Counter[str] = Counter()
+    for each in answers:
+        yield (each.prompt, seen[each.prompt]), each
+        seen[each.prompt] += 1
 
 
 def _written(stage: StageFacts | None, answer: Answer, told: dict[str | None, str]) -> Written:

@@ -37,13 +37,15 @@ def uses_of(facts: RunFacts, path: str, base: str | None = None) -> list[Use]:
     base = base or facts.base_name or _BASE
     end = facts.end
     shell, shell_base = shlex.quote(path), shlex.quote(base)
+    # A base that is on record needs no naming.
+    named = "" if base == facts.base_name else f" --base {shell_base}"
     kind = "AutoModelForSequenceClassification" if facts.is_reward_model else "AutoModelForCausalLM"
     more = ", num_labels=1" if facts.is_reward_model else ""
     found = [
         Use(
             "Does it answer as when it was saved? If not, why",
             "sh",
-            f"lamina verify {shell} --base {shell_base}",
+            f"lamina verify {shell}{named}",
         ),
         Use(
             "In Python, with Lamina",
@@ -76,7 +78,7 @@ def uses_of(facts: RunFacts, path: str, base: str | None = None) -> list[Use]:
         Use(
             "As one dense model",
             "sh",
-            f"lamina merge {shell} --base {shell_base} -o merged",
+            f"lamina merge {shell}{named} -o merged",
         )
     )
     return found
