@@ -108,6 +108,8 @@ def test_a_run_is_talked_to_by_its_last_stage_that_counts(tmp_path: Path) -> Non
         (("--stage", "domian"), "choose 'domain'"),
         (("--tokenizer", "nowhere"), "There is no tokenizer in nowhere"),
         (("--base", "nowhere"), "nowhere"),
+        (("--seed", "1"), "at temperature 0 nothing is drawn"),
+        (("--top-p", "0.5"), "at temperature 0 nothing is drawn"),
     ],
 )
 def test_what_is_wrong_ends_it_before_anything_is_said(

@@ -17,7 +17,7 @@ from rich.text import Text
 from lamina.cli.arguments import Base
 from lamina.cli.terminal import console, count_of, facts, hush_loading, print_error
 from lamina.cli.verify import LoadDtype
-from lamina.errors import LaminaError, VerificationError, escaped
+from lamina.errors import DataError, LaminaError, VerificationError, escaped
 
 if TYPE_CHECKING:
     from lamina.stages.viewed import View
@@ -90,6 +90,11 @@ def chat(  # noqa: PLR0913, PLR0917
     from lamina.training.conversing.subject import subject_of
     from lamina.training.evaluate.generating import Sampling
 
+    if not temperature and (top_p < 1 or seed is not None):
+        raise DataError(
+            "--top-p and --seed are of draws, and at temperature 0 nothing is drawn.",
+            cure="give a --temperature, such as 0.7, or leave them out",
+        )
     hush_loading()
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     # In a pipe, the answers have the standard output to themselves.
