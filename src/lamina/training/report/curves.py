@@ -28,7 +28,7 @@ class Curve:
         steps: the last step that is logged.
         tokens: that were trained on, as the trainer counts them; None if it doesn't.
         tokens_per_second: while it trained, evaluations included.
-        memory: of the GPU at most, in bytes.
+        memory: of the device, or of the process, at most; in bytes.
     """
 
     train: tuple[Point, ...] = ()
