@@ -94,19 +94,26 @@ def _to_fold(
             yield path, layer, missing
 
 
-def check_foldable(model: nn.Module, names: Iterable[str]) -> None:
+def check_foldable(model: nn.Module, names: Iterable[str], *, with_values: bool = True) -> None:
     """Refuse, changing nothing, if any layer of these adapters can't be folded into.
+
+    Args:
+        model: the adapted model.
+        names: of the adapters.
+        with_values: whether base and adapters must have values by now.
 
     Raises:
         FoldError: with the layers and the reason for each.
     """
-    _check_foldable(model, list(_to_fold(model, tuple(names))), None)
+    _check_foldable(model, list(_to_fold(model, tuple(names))), None, with_values=with_values)
 
 
 def _check_foldable(
     model: nn.Module,
     work: list[tuple[str, LoraLayer, list[str]]],
     requantise: bool | None,
+    *,
+    with_values: bool = True,
 ) -> None:
     tied = shared_folds(places(model), work).refused
     reasons = [
@@ -119,6 +126,8 @@ def _check_foldable(
         )
         for path, layer, missing in work
     ]
+    if not with_values:
+        reasons = [each for each in reasons if not (each[1] or "").endswith("on the meta device")]
     faults = [f"{path}: {reason}" for path, reason in reasons if reason]
     if faults:
         quantised = any(layer.weight_view.quantised for _, layer, _ in work)

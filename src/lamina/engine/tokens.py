@@ -52,6 +52,8 @@ def _faults_of(place: Place, indices: Any, saved: Iterable[str]) -> list[str]:
     if name in saved:
         what = "is already marked to be trained fully, by modules_to_save"
         return [f"trainable_token_indices: The embedding layer {what}: {name}"]
+    if len(getattr(place.module, "modules_to_save", ())):
+        return [f"trainable_token_indices: another adapter trains {name} whole"]
     if not isinstance(module, (nn.Embedding, nn.Linear)):
         return [f"trainable_token_indices: {name} is a {type(module).__name__}, not a table"]
     rows = module.weight.shape[0]

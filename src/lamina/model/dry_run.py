@@ -9,11 +9,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lamina.checkpoint.shapes import FactorShapes
 from lamina.checkpoint.structure import empty_model
 from lamina.config import LoraConfig
 from lamina.engine.inject import inject
-from lamina.engine.layers import lora_layers
+from lamina.engine.layers import TrainableTokensLayer, lora_layers
 from lamina.engine.state import AdapterState
 from lamina.engine.targets import find_all_linear_names
 from lamina.engine.trainability import count_parameters
@@ -94,6 +96,20 @@ def dry_run(
         TargetError: a pattern matches nothing or something that can't be adapted.
     """
     model = empty_model(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    return dry_run_on(model, config, name=name_or_path)
+
+
+def dry_run_on(model: nn.Module, config: LoraConfig, *, name: str) -> DryRun:
+    """Find what `config` means in a model on the meta device, which is adapted.
+
+    Args:
+        model: from `empty_model`.
+        config: the adapter to be.
+        name: of the model, for the result.
+
+    Raises:
+        TargetError: a pattern matches nothing or something that can't be adapted.
+    """
     names = find_all_linear_names(model)
     with_head = find_all_linear_names(model, include_head=True)
     base_parameters = count_parameters(model)[1]
@@ -101,9 +117,14 @@ def dry_run(
         # What is left out is told in the result.
         warnings.filterwarnings("ignore", '"all-linear" leaves out')
         plan = inject(model, _NAME, config, AdapterState(), initialise=False)
-    layers = [_layer(name, layer) for name, layer in lora_layers(model)]
+    layers = [
+        _layer(path, layer)
+        for path, layer in lora_layers(model)
+        # Rows that are replaced are no ranks.
+        if not isinstance(layer, TrainableTokensLayer)
+    ]
     return DryRun(
-        model=name_or_path,
+        model=name,
         model_class=type(model).__name__,
         base_parameters=base_parameters,
         counts=plan.counts,

@@ -14,10 +14,9 @@ from lamina.checkpoint.adapter import read_adapter
 from lamina.checkpoint.record import Base, Lamina, Mode, name_fault
 from lamina.config import AdaLoraConfig, LoraConfig, PeftConfig
 from lamina.engine.fold import check_foldable, fold, unfold
-from lamina.engine.layers import lora_layers
 from lamina.engine.state import AdapterState
 from lamina.engine.variants import variant_for
-from lamina.errors import AdapterNameError, FoldError, StageError, nearest
+from lamina.errors import AdapterNameError, StageError, nearest
 from lamina.model import PeftModel
 from lamina.model.adapted import refuse_adapted
 from lamina.model.loading import HUB_OPTIONS, undone_on_error
@@ -27,9 +26,10 @@ from lamina.stages.checkpoints import StageCheckpoints
 from lamina.stages.context import StageContext
 from lamina.stages.lamination import WITHOUT_STAGES, Chain, take_apart
 from lamina.stages.likeness import base_likeness, tell, updates_in
-from lamina.stages.original import check_saveable, split_off_taken, take_again
+from lamina.stages.one_file import check_biases_apart, check_one_file
+from lamina.stages.original import split_off_taken, take_again
 from lamina.stages.restore import base_weight_faults, restore_part
-from lamina.stages.rows import rows_asked, tables_with_ranks, take_over
+from lamina.stages.rows import rows_asked, take_over
 from lamina.stages.tokenizers import (
     describe_tokenizer,
     tokenizer_faults,
@@ -142,10 +142,10 @@ def _begun(
         model = kind(base, None)
         try:
             older = _build(model, chain, name, mode, config)
-            _check_one_file(model)
+            check_one_file(model)
             if mode == "merge":
                 frozen = [adapter for adapter, _ in older]
-                _check_biases_apart(model, frozen)
+                check_biases_apart(model, frozen)
                 check_foldable(base, frozen)
                 fold(base, model.adapter_state, frozen, keep_unfolded=keep_unfolded)
         except BaseException:
@@ -287,55 +287,6 @@ def _sum_faults(chain: Chain, name: str, config: LoraConfig) -> list[str]:
         for stage, each in configs.items()
         if not variant_for(each).is_sum
     ]
-
-
-# What lies in a file otherwise than as ranks of modules.
-_NO_RANKS = ("target_parameters", "layer_replication")
-
-
-def _check_one_file(model: PeftModel) -> None:
-    """Refuse now what could not be saved as one adapter after training."""
-    check_saveable(model)
-    faults = [
-        f"{name!r}: {field}={getattr(config, field)!r}"
-        for name, config in model.peft_config.items()
-        for field in _NO_RANKS
-        if getattr(config, field)
-    ]
-    faults += [
-        f"{path} is an nn.{type(layer).__name__}"
-        for path, layer in lora_layers(model)
-        if layer.kind == "attention"
-    ]
-    faults += [
-        f"{table} has rows of its own and a low-rank update"
-        for table in tables_with_ranks(model.get_base_model())
-    ]
-    if faults:
-        raise StageError(
-            "These can't be laid beside other stages in one file yet.",
-            faults=faults,
-            cure="train without stages: get_peft_model and save_pretrained",
-        )
-    embeddings = [path for path, layer in lora_layers(model) if layer.is_embedding]
-    biased = [name for name, config in model.peft_config.items() if config.lora_bias]
-    if embeddings and biased:
-        raise StageError(
-            f"lora_bias=True ({', '.join(map(repr, biased))}) can't be saved in one file with an "
-            f"adapted embedding ({embeddings[0]}): an embedding's adapter has no bias.",
-            cure="leave lora_bias out, or don't target the embedding",
-        )
-
-
-def _check_biases_apart(model: PeftModel, frozen: list[str]) -> None:
-    """Refuse to fold biases of B into biases that are saved as they are."""
-    biased = [name for name in frozen if model.peft_config[name].lora_bias]
-    if biased and model.adapter_state.biases.parameters:
-        raise FoldError(
-            f"lora_bias=True ({', '.join(map(repr, biased))}) can't be folded into biases that "
-            "the chain trains and saves by themselves (bias='all' or 'lora_only').",
-            cure='mode="stack", which computes the same',
-        )
 
 
 def _config_faults(asked: LoraConfig, had: LoraConfig) -> list[str]:

@@ -30,6 +30,8 @@ FIELDS = {
     "init_lora_weights": "init_lora_weights",
 }
 _SETTINGS = {field: setting for setting, field in FIELDS.items()}
+# Beginnings that look at data first, by calls that a plan has no words for.
+_FROM_DATA = ("eva", "corda", "lora_ga", "loftq")
 _NAMED = re.compile(r"(?:in )?(\w+)")
 
 
@@ -60,8 +62,14 @@ def faults_of_adapters(plan: Plan) -> Iterator[Fault]:
     for place, stage in enumerate(plan.stages):
         if stage.mode == "continue":
             continue
+        settings = plan.settings_of(stage)
+        begin = settings.init_lora_weights
+        if str(begin).lower() in _FROM_DATA:
+            told = f"{begin!r} begins by what it sees of data, which a run doesn't show it"
+            yield ("stages", place, "init_lora_weights"), f"{told}; pissa, olora and others don't"
+            continue
         try:
-            adapter_config(plan.settings_of(stage))
+            adapter_config(settings)
         except ConfigError as error:
             for told in error.faults or (error.what,):
                 yield (("stages", place, *setting_in(told)), told)

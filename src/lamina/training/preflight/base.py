@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lamina.checkpoint.structure import empty_model
@@ -40,6 +43,14 @@ class Base:
     parameters: int
     quantised: str | None
     tokenizer: Any
+
+    def empty(self, head: str) -> nn.Module:
+        """The model that a method with this head trains, anew, on the meta device.
+
+        Raises:
+            LaminaError: transformers has no reward model of this kind.
+        """
+        return copy.deepcopy(self.model) if head == "language" else _with_score(self.model)
 
     def matching(self, names: list[str]) -> int:
         """Entries of all parameters in modules by these names or ends of names."""
@@ -81,7 +92,47 @@ def open_base(plan: Plan, root: Path) -> tuple[Base | None, list[Fault]]:
     if model is None:
         return None, faults
     faults += [(("model_name_or_path",), told) for told in _without_weights(plan)]
+    faults += _of_loading(plan, model)
     return _described(model, tokenizer), faults
+
+
+def _of_loading(plan: Plan, model: Any) -> Iterator[Fault]:
+    """How the plan wants the weights kept and computed with, where that can't be."""
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if not getattr(plan, key):
+            continue
+        if quantised:
+            yield (key,), "the base's weights are quantised already"
+        elif importlib.util.find_spec("bitsandbytes") is None:
+            yield (key,), "needs bitsandbytes: pip install bitsandbytes"
+    asked = plan.attn_implementation
+    if asked is None:
+        return
+    if asked == "flex_attention" and not torch.cuda.is_available():
+        yield ("attn_implementation",), "flex_attention can't be trained through on a CPU"
+    try:
+        with torch.device("meta"):
+            type(model)._from_config(copy.deepcopy(model.config), attn_implementation=asked)
+    except (ImportError, ValueError) as error:
+        lines = str(error).splitlines()
+        yield ("attn_implementation",), lines[0] if lines else f"{asked!r} can't be used"
+
+
+def _with_score(model: Any) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            made: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise LaminaError(
+            "a reward model can't be trained on this base: transformers has no "
+            f"{config.model_type} that gives one number"
+        ) from error
+    return made
 
 
 def _refuse_missing(name: str) -> None:

@@ -13,9 +13,11 @@ from lamina.training.plan.located import located
 from lamina.training.plan.reading import fault_lines
 from lamina.training.preflight.arguments import faults_of_arguments, faults_of_functions
 from lamina.training.preflight.base import Base, open_base
+from lamina.training.preflight.chain import faults_of_chain
 from lamina.training.preflight.data import look_at_data
 from lamina.training.preflight.needs import disk_need, memory_need
 from lamina.training.preflight.places import document_of
+from lamina.training.preflight.rehearsal import faults_of_trainers
 from lamina.training.preflight.report import DataReport, Need, PlanReport, StageReport
 from lamina.training.preflight.targets import Adapter, faults_of_one_file, look_at_adapters
 
@@ -31,7 +33,8 @@ def check_plan(
     The base's config, weights and tokenizer are there; every pattern of every stage matches; the
     stages fit into one file; parents can be folded where that is asked for; all data is there in a
     format of its method; functions can be imported; transformers and TRL know what they are
-    given; memory and disk are enough, see `lamina.training.preflight.needs`.
+    given, and make trainers of it; memory and disk are enough, see
+    `lamina.training.preflight.needs`.
 
     Args:
         plan: the plan, as `open_plan` reads it.
@@ -53,8 +56,10 @@ def check_plan(
     notes: list[str] = []
     if base is not None:
         adapters, wrong = look_at_adapters(plan, document, base)
-        faults += wrong
-        faults += faults_of_one_file(plan, document, base, adapters)
+        wrong += faults_of_one_file(plan, document, base, adapters)
+        faults += wrong or faults_of_chain(plan, document, base, adapters)
+        if not faults and base.tokenizer is not None:
+            faults += faults_of_trainers(plan, document, folder, base, adapters)
         needs = (memory_need(plan, base, adapters), disk_need(plan, adapters))
         faults += _too_much(needs)
         notes += _tight(needs)

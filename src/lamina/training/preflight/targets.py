@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lamina.config import LoraConfig
+from lamina.engine.init import changes_base
 from lamina.engine.variants import variant_for
 from lamina.errors import LaminaError
-from lamina.model.dry_run import DryRun, dry_run
+from lamina.model.dry_run import DryRun, dry_run_on
 from lamina.training.plan import Plan, adapter_config
 from lamina.training.plan.adapters import setting_in, settings_of_ranks
 from lamina.training.plan.document import Document, Fault, Where
@@ -49,10 +51,10 @@ def look_at_adapters(
         config = adapter_config(settings_of_ranks(plan, place))
         found = None
         try:
-            found = _dry_run(plan, config)
+            found = _dry_run(plan, base, config)
         except LaminaError as error:
             for told in error.faults or (error.what,):
-                faults.append(_placed(document, place, told))
+                faults.append(placed(document, place, told))
         trainable = None if found is None else found.parameters + _whole(base, config)
         adapters.append(Adapter(place, config, found, trainable))
     return adapters, faults
@@ -71,6 +73,8 @@ def faults_of_one_file(
     if biased and embedded:
         told = "can't be saved in one file with an adapted embedding, whose adapter has no bias"
         faults.append((place_of(document, biased[0].stage, "lora_bias"), told))
+    if base.quantised or plan.load_in_4bit or plan.load_in_8bit:
+        faults += _of_codes(document, own)
     for place, stage in enumerate(plan.stages):
         if stage.mode == "merge" and base.quantised:
             told = f"merge folds the parent into dense weights; the base's are {base.quantised}"
@@ -99,21 +103,26 @@ def _alone(document: Document, adapter: Adapter, *, others: bool) -> list[Fault]
     return faults
 
 
+def _of_codes(document: Document, adapters: Iterable[Adapter]) -> Iterator[Fault]:
+    """Beginnings that take a part out of the weights, which codes don't give exactly."""
+    for adapter in adapters:
+        begin = adapter.config.init_lora_weights
+        if changes_base(begin):
+            told = f"{begin!r} takes a part out of the base's weights, which are quantised here"
+            yield place_of(document, adapter.stage, "init_lora_weights"), told
+
+
 def _embedding(found: DryRun) -> bool:
     return any(kind.layer == "Embedding" for kind in found.kinds)
 
 
-def _dry_run(plan: Plan, config: LoraConfig) -> DryRun:
-    if config.task_type == "SEQ_CLS" and config.modules_to_save:
-        # The head of a reward model is made with it; the base has none.
-        rest = [name for name in config.modules_to_save if name not in ("score", "classifier")]
-        config = dataclasses.replace(config, modules_to_save=rest or None)
-    return dry_run(
-        plan.model_name_or_path,
-        config,
-        revision=plan.model_revision,
-        trust_remote_code=plan.trust_remote_code,
-    )
+def _dry_run(plan: Plan, base: Base, config: LoraConfig) -> DryRun:
+    if config.task_type != "SEQ_CLS":
+        return dry_run_on(base.empty("language"), config, name=plan.model_name_or_path)
+    # The head is trained along whether the config names it or not.
+    saved = sorted({"score", *(config.modules_to_save or ())})
+    config = dataclasses.replace(config, modules_to_save=saved)
+    return dry_run_on(base.empty("reward"), config, name=plan.model_name_or_path)
 
 
 def _whole(base: Base, config: LoraConfig) -> int:
@@ -121,10 +130,11 @@ def _whole(base: Base, config: LoraConfig) -> int:
     asked = config.trainable_token_indices
     rows = sum(map(len, asked.values())) if isinstance(asked, dict) else len(asked or ())
     width: int = base.config.hidden_size
-    return base.matching(config.modules_to_save or []) + rows * width
+    head = width if config.task_type == "SEQ_CLS" else 0
+    return base.matching(config.modules_to_save or []) + rows * width + head
 
 
-def _placed(document: Document, stage: int, told: str) -> Fault:
+def placed(document: Document, stage: int, told: str) -> Fault:
     """A fault of the engine at the setting, and in it at the pattern, that it is about."""
     setting = setting_in(told)
     where = place_of(document, stage, *setting)

@@ -129,7 +129,7 @@ def arguments_for(
     try:
         with _quietly():
             return config(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise PlanError(
             f"Stage {stage.name!r} can't be trained as asked: {error}",
             cure=f"change the setting, or its trainer_args; {method.trl[0]} refuses it",

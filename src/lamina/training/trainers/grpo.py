@@ -9,7 +9,8 @@ from lamina.training.trainers.method import Job, Method
 
 
 def _with_rewards(kind: type[Any], job: Job) -> Any:
-    rewards = [find_function(name) for name in job.settings.reward_functions or ()]
+    named = job.settings.reward_functions or ()
+    rewards = list(job.rewards or map(find_function, named))
     arguments = job.arguments
     beta = arguments.beta
     # TRL would copy an adapter named "default", which is no reference of a chain, and takes no

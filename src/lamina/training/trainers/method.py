@@ -29,6 +29,7 @@ class Job:
         reference: what a preference is measured against; None where the method has no reference.
         callbacks: of the run.
         optimizer: None takes the one that the arguments name.
+        rewards: functions in place of those that the settings name.
     """
 
     model: PeftModel
@@ -40,6 +41,7 @@ class Job:
     reference: Reference | None = None
     callbacks: tuple[Any, ...] = ()
     optimizer: Any = None
+    rewards: tuple[Callable[..., Any], ...] = ()
 
     def for_trainer(self) -> dict[str, Any]:
         """The keywords that every trainer takes."""
