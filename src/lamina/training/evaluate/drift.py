@@ -81,7 +81,7 @@ def _of_whole(each: WholeChange, base: _BaseWeights) -> ModuleDrift:
     had = base.like(each)
     before = each.before if each.before is not None else had
     now = each.now.double()
-    change = now if before is None else now - before.double().to(now.device)
+    change = now if before is None else now - before.to(now.device).double()
     # A vector is one row.
     matrix = change.reshape(change.shape[0], -1) if change.dim() > 1 else change.reshape(1, -1)
     return ModuleDrift(
@@ -131,7 +131,7 @@ class _BaseWeights:
         own = self._parameter(f"{table}.weight")
         if own is None:
             return None
-        found = own[list(rows)].double()
+        found = _exact(own[list(rows)])
         for place, row in enumerate(rows):
             if row in replaced:
                 found[place] = replaced[row].to(found)
@@ -170,7 +170,7 @@ class _BaseWeights:
         if matrix.shape[0] != rows:
             return None
         parts = matrix.split(max(1, _AT_A_TIME // matrix.shape[1]))
-        return torch.cat([part.double().norm(dim=1) for part in parts])
+        return torch.cat([_exact(part).norm(dim=1) for part in parts])
 
 
 def _in_by_out(module: nn.Module) -> bool:
@@ -184,6 +184,11 @@ def _reader(module: nn.Module) -> Callable[[], torch.Tensor] | None:
     return view.read
 
 
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp64, which MPS doesn't have."""
+    return (tensor.cpu() if tensor.is_mps else tensor).double()
+
+
 def _norm(weight: torch.Tensor | None) -> float | None:
     if weight is None or weight.is_meta:
         return None
@@ -193,4 +198,4 @@ def _norm(weight: torch.Tensor | None) -> float | None:
 def _squares(weight: torch.Tensor) -> Iterator[float]:
     rows = weight if weight.dim() > 1 else weight[None]
     for part in rows.split(max(1, _AT_A_TIME // max(1, rows[0].numel()))):
-        yield float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+        yield float(torch.linalg.vector_norm(_exact(part))) ** 2
