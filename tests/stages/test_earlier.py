@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from lamina.errors import StageError
 from lamina.model import PeftModel, loading
 from lamina.stages.earlier import earlier, record_in
 from tests import models
-from tests.stages.chains import answer, distance, llama_lora, run_chain, save_plain_peft
+from tests.stages.chains import (
+    answer,
+    distance,
+    llama_lora,
+    rewrite_record,
+    run_chain,
+    save_plain_peft,
+)
 
 CHAIN = [
     ("domain", None, llama_lora()),
@@ -65,7 +73,15 @@ def test_ranks_that_were_trained_on_are_told_of_where_they_are_gone(
 
 
 def test_a_directory_of_another_chain_is_not_taken_for_it(chain: Path, tmp_path: Path) -> None:
-    run_chain(tmp_path, CHAIN[:2])
+    # Of the same names and modes, and saved in the same second.
+    run_chain(tmp_path, CHAIN[:2], seed=3)
+    saved = record_in(read_adapter(chain / "chat"))
+
+    def same_times(record: Any) -> None:
+        for stage, other in zip(record["stages"], saved.stages, strict=True):
+            stage["created"] = other.created
+
+    rewrite_record(tmp_path / "chat", same_times)
     shutil.copytree(chain / "last", tmp_path / "last")
     with pytest.raises(StageError, match="no longer has 'chat'") as caught:
         earlier(read_adapter(tmp_path / "last"), "chat")

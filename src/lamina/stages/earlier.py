@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.chain import makers_of
@@ -109,6 +110,6 @@ def _beside(directory: Path, record: StageRecord, stage: str) -> tuple[AdapterFi
     return file, ""
 
 
-def _told(record: StageRecord) -> list[tuple[str, str, str | None]]:
+def _told(record: StageRecord) -> list[tuple[Any, ...]]:
     """What tells a chain from another one that has stages of the same names."""
-    return [(each.name, each.mode, each.created) for each in record.stages]
+    return [(each.name, each.mode, each.created, each.probe) for each in record.stages]
