@@ -22,7 +22,9 @@ from lamina.training.evaluate.scores import (
 
 def whole() -> Evaluation:
     score = Score("loss", 1.5, False, 3, 0.25, {"perplexity": 4.5, "margin": -math.inf})
-    base = Judged("b", {"a": Measured("h", score, 0.5)}, (Answer("Hi", "<there>", 2, True),), "p")
+    base = Judged(
+        "b", {"a": Measured("h", score, 0.5)}, (Answer("Hi", "<there> \udce9", 2, True),), "p"
+    )
     drift = (ModuleDrift("q", 1.0, 4.0, 1.5, 2, 0.25, 0.5), ModuleDrift("v", 0.0, None, 0.0, 0))
     broken = Score("judge:score", math.nan, True, 1)
     stage = Judged("s", {"a": Measured("h", None), "b": Measured("i", broken)}, drift=drift)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lamina.training.evaluate.prepared import Prepared
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +11,9 @@ from typing import Any, Literal
 import torch
 
 from lamina.training.evaluate.answers import answers, answers_hash
+from lamina.training.evaluate.drift import drift_of
+from lamina.training.evaluate.measuring import measure
+from lamina.training.evaluate.prepared import Prepared, prepare_evals
 from lamina.training.evaluate.scores import Judged, Measured, Score
 from lamina.training.plan import Plan
 
@@ -60,10 +58,6 @@ class Judge:
         Raises:
             LaminaError: with all that is wrong with any of them.
         """
-        if not plan.evals:
-            return cls(plan, tokenizer)
-        from lamina.training.evaluate.prepared import prepare_evals
-
         return cls(plan, tokenizer, prepare_evals(plan, tokenizer=tokenizer, root=root))
 
     @property
@@ -129,16 +123,12 @@ class Judge:
             )
             yield found
         if not self._has_drift(subject, found):
-            from lamina.training.evaluate.drift import drift_of
-
             assert subject.stage is not None
             drift = drift_of(subject.stage, subject.before, model)
             yield replace(found, drift=drift, seconds=_since(began))
 
     def _measured(self, name: str, model: Any, subject: Subject) -> Measured:
         began = time.monotonic()
-        from lamina.training.evaluate.measuring import measure
-
         prepared = self.evals[name]
         with torch.no_grad():
             score = measure(
@@ -147,8 +137,6 @@ class Judge:
         return Measured(prepared.hash, score, round(time.monotonic() - began, 3))
 
     def _has_drift(self, subject: Subject, found: Judged) -> bool:
-        if not Path(__file__).with_name("drift.py").exists():
-            return True
         return subject.stage is None or found.drift is not None
 
     def _has_answers(self, subject: Subject, found: Judged) -> bool:

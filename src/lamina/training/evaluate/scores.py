@@ -187,7 +187,7 @@ class Evaluation:
 
     def write(self, directory: Path) -> None:
         """Put it into `directory`, durably."""
-        text = json.dumps({"format": FORMAT, **_plain(asdict(self))}, indent=1, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **_plain(asdict(self))}, indent=1)
         write_whole(directory / FILE, text + "\n")
 
     @classmethod
