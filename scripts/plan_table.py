@@ -38,6 +38,14 @@ stages:
   can't mean is an error; nothing is ignored.
 - `KEY=VALUE` on the command line overrules the file: `stages.chat.lora_r=4`,
   `defaults.learning_rate=1e-4`, or `learning_rate=1e-4` for the same.
+- Base, tokenizer, data, chat template and functions are looked for beside the plan's file first,
+  then in the working directory, whichever verb reads the plan. `output_dir` is a folder of the
+  working directory.
+- Before anything is trained, `lamina run` makes sure of all that `lamina validate` looks at: every
+  stage is begun once on a base without weights, and its trainer, optimizer and schedule are made
+  once on a stand-in, so that what one of them would refuse is told with its line.
+- A gate in `defaults` is one of every stage. What may be rolled back can't be another stage's
+  `reference`, nor all that is before a stage that goes on with `mode: continue`.
 - Editors complete and check a plan by `plan.schema.json` (`lamina init --schema` puts it beside
   the plan, with the line that names it).
 

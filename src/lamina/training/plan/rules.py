@@ -8,6 +8,7 @@ from typing import Any, get_args
 from lamina.training.plan.adapters import FIELDS
 from lamina.training.plan.document import Fault, Where
 from lamina.training.plan.evals import faults_of_eval
+from lamina.training.plan.gates import faults_of_gates
 from lamina.training.plan.messages import hint
 from lamina.training.plan.schema import ONE_OF
 from lamina.training.plan.settings import Method, Mode
@@ -50,13 +51,15 @@ def faults_between(values: Any) -> Iterator[Fault]:
     yield from _of_base(values)
     yield from _of_ends(stages, defaults)
     yield from _one_of(("defaults",), defaults)
+    yield from _given_twice(("defaults",), defaults)
     for place, stage in enumerate(stages):
         if isinstance(stage, dict):
             where = ("stages", place)
             yield from _of_mode(where, stage, place, values)
             yield from _of_method(where, stage, defaults, names[:place])
             yield from _of_data(where, stage, defaults)
-            yield from _of_gate(where, stage, defaults, values.get("evals"))
+            yield from _given_twice(where, stage)
+    yield from faults_of_gates(stages, defaults, values.get("evals"))
     yield from _of_evals(values.get("evals"), names)
 
 
@@ -118,12 +121,31 @@ def _of_method(
             yield (*where, key), f"means nothing to {method}; it is for {', '.join(methods)}"
     if method == "grpo" and not _either("reward_functions", stage, defaults):
         yield where, "grpo needs reward_functions: [package.module:function]"
-    reference = stage.get("reference")
+    if method in _WITH_REFERENCE:
+        yield from _of_reference(where, stage, defaults, earlier)
+    yield from _of_numbers(where, stage, defaults)
+
+
+def _of_reference(
+    where: Where, stage: dict[str, Any], defaults: dict[str, Any], earlier: list[Any]
+) -> Iterator[Fault]:
+    reference = _either("reference", stage, defaults)
     known = ["parent", "base", *filter(None, earlier)]
+    place = where if stage.get("reference") is not None else ("defaults",)
     if reference is not None and reference not in known:
         told = f"{reference!r} is neither parent, base nor an earlier stage{hint(reference, known)}"
-        yield (*where, "reference"), told
-    yield from _of_numbers(where, stage, defaults)
+        yield (*place, "reference"), told
+    elif stage.get("mode") == "merge" and reference in earlier[:-1]:
+        told = f"merge folds {reference!r} into the base together with the stages after it"
+        yield (*place, "reference"), f"{told}: mode: stack, or reference: parent or base"
+
+
+def _given_twice(where: Where, settings: dict[str, Any]) -> Iterator[Fault]:
+    """What stands among a trainer's arguments too would be overruled by these in silence."""
+    arguments = settings.get("trainer_args")
+    for name in arguments if isinstance(arguments, dict) else ():
+        if settings.get(name) is not None:
+            yield (*where, "trainer_args", name), f"{name} is given beside trainer_args too"
 
 
 def _of_numbers(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> Iterator[Fault]:
@@ -161,18 +183,6 @@ def _of_data(where: Where, stage: dict[str, Any], defaults: dict[str, Any]) -> I
         yield (*where, "datasets"), "give every one of a mixture a weight, or none"
     if streamed and len(streamed) < len(found):
         yield (*where, "datasets"), "either all of a mixture is streaming, or none"
-
-
-def _of_gate(
-    where: Where, stage: dict[str, Any], defaults: dict[str, Any], evals: Any
-) -> Iterator[Fault]:
-    gate = stage.get("gate") or defaults.get("gate")
-    bounds = gate.get("may_lose") if isinstance(gate, dict) else None
-    known = list(evals) if isinstance(evals, dict) else []
-    for name in bounds if isinstance(bounds, dict) else ():
-        if name not in known:
-            told = f"there is no eval {name!r}{hint(name, known)}"
-            yield (*where, "gate", "may_lose", name), told
 
 
 def _of_evals(evals: Any, stages: list[Any]) -> Iterator[Fault]:

@@ -128,6 +128,9 @@ class StagePlan(Settings):
         """Its settings with those of `defaults`, and of Lamina, where it says nothing itself."""
         method = self.method or defaults.method or "sft"
         fallback = {**BUILT_IN, "method": method, "learning_rate": LEARNING_RATES[method]}
+        if 1 in (self.max_steps, defaults.max_steps if self.max_steps is None else None):
+            # The first step of a warmup has the rate 0: a stage of that alone would train nothing.
+            fallback["warmup_steps"] = 0.0
         for pair in ONE_OF:
             # What a stage says itself is not overruled by the other of a pair in `defaults`.
             if any(getattr(self, name) is not None for name in pair):

@@ -103,7 +103,8 @@ class Data(PlanPart):
     """Where examples come from.
 
     Attributes:
-        path: a file (json, jsonl, csv, parquet, txt), a folder of such files, or a hub name.
+        path: a file (json, jsonl, ndjson, csv, tsv, parquet, arrow, txt or md, also as .gz, .bz2 or
+            .xz), a pattern such as `data/*.jsonl`, a folder of files of one kind, or a hub name.
         name: the configuration of a hub dataset.
         split: which split, as `datasets` spells it: "train", "train[:90%]".
         revision: of a hub dataset.
@@ -148,9 +149,9 @@ class Gate(PlanPart):
     """What a stage may cost, and what happens if it costs more.
 
     Attributes:
-        may_lose: eval -> the share by which it may get worse against the stage before, such as 0.05
-            or "5%"; 0 means that it may not get worse at all, a negative share that it must get
-            better by as much.
+        may_lose: eval -> the share by which it may get worse against the stage before, of the first
+            stage against the base, such as 0.05 or "5%"; 0 means that it may not get worse at all,
+            a negative share that it must get better by as much.
         on_failure: "stop" ends the run; "rollback" goes on from the parent as if the stage had not
             been; "retry" runs the stage again at a lower learning rate.
         retry_factor: what the learning rate is multiplied by in each retry.
@@ -196,7 +197,8 @@ class Settings(PlanPart):
         max_length: tokens per example; longer ones are cut.
         packing: put several examples into one sequence.
         lr_scheduler_type: as transformers names them.
-        warmup_steps: of the learning rate: a number of steps, or below 1 a share of all.
+        warmup_steps: of the learning rate, which is 0 in the first of them: a number of steps, or
+            below 1 a share of all.
         weight_decay: of the optimizer.
         max_grad_norm: gradients are clipped to it.
         optim: the optimizer, as transformers names them.

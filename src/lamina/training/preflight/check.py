@@ -63,12 +63,14 @@ def check_plan(
         needs = (memory_need(plan, base, adapters), disk_need(plan, adapters))
         faults += _too_much(needs)
         notes += _tight(needs)
+    reports = tuple(_stages(plan, base, adapters, data))
+    notes += _idle(plan, reports)
     return PlanReport(
         source=document.source,
         base=written,
         base_class=type(base.model).__name__ if base else None,
         base_parameters=base.parameters if base else None,
-        stages=tuple(_stages(plan, base, adapters, data)),
+        stages=reports,
         needs=needs,
         faults=tuple(fault_lines(document, faults)),
         notes=tuple(notes),
@@ -137,6 +139,15 @@ def _tight(needs: tuple[Need, ...]) -> list[str]:
         "gradient_checkpointing: true takes less"
         for need in needs
         if need.what == "memory" and need.free is not None and need.bytes > need.free
+    ]
+
+
+def _idle(plan: Plan, reports: tuple[StageReport, ...]) -> list[str]:
+    return [
+        f"{stage.name}: its only step is the first of a warmup, whose rate is 0, so that nothing "
+        "is trained: warmup_steps: 0"
+        for stage, report in zip(plan.stages, reports, strict=True)
+        if report.steps == 1 and plan.settings_of(stage).warmup_steps
     ]
 
 
