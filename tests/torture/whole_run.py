@@ -13,11 +13,12 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from tests.torture.amounts import amount
 from tests.torture.cases import Case
 
 NAME = "tests.torture.whole_run:WholeRun"
 WEIGHTS = "adapter_model.safetensors"
-LOCK = ".run.lock"
+LOCK, CARD = ".run.lock", "README.md"
 # When and how fast something was done, in how much memory, and where.
 _TIMES = re.compile(r"seconds|time|memory|created|files|runtime|_per_second|output_dir")
 STAGES: list[dict[str, Any]] = [
@@ -41,7 +42,8 @@ class WholeRun(Case):
         # Late: other cases need none of what trains.
         from tests.training.run import plans
 
-        plans.write_plan(work, STAGES, evals=EVALS, prompts=["w1 w2"])
+        defaults = {**plans.QUICK, "max_steps": amount(full=10, short=4)}
+        plans.write_plan(work, STAGES, defaults=defaults, evals=EVALS, prompts=["w1 w2"])
 
     def act(self, work: Path, number: int) -> None:
         from lamina.training.run.told import Told
@@ -111,9 +113,13 @@ def phase_of(work: Path, number: int) -> str:
 
 
 def end_of(out: Path) -> dict[str, Any]:
-    """All that a run left, but for when, how fast and where it was done."""
-    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(file.relative_to(out)): _content(file) for file in files}
+    """All that a run left, but for when, how fast and where it was done.
+
+    Without the report: it is made of the rest, with times on it.
+    """
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    found = {str(file.relative_to(out)): file for file in files if file.name not in (LOCK, CARD)}
+    return {name: _content(file) for name, file in found.items() if not name.startswith("report/")}
 
 
 def _content(file: Path) -> Any:
