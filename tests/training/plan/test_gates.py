@@ -137,6 +137,16 @@ def test_what_is_given_twice_is_not_overruled_in_silence() -> None:
     assert fault.endswith("learning_rate is given beside trainer_args too")
 
 
+def test_of_two_that_exclude_each_other_the_command_line_has_the_last_word() -> None:
+    text = HEAD + "stages:\n" + stage("a", num_train_epochs=3)
+    document = parse_document(text, "plan.yaml")
+    plan = check_document(document, ["stages.a.max_steps=2"]).plan
+    assert (plan.stages[0].max_steps, plan.stages[0].num_train_epochs) == (2, None)
+    both = ["stages.a.max_steps=2", "stages.a.num_train_epochs=1"]
+    with pytest.raises(PlanError, match="one of them is enough"):
+        check_document(parse_document(text, "plan.yaml"), both)
+
+
 @pytest.mark.parametrize("begin", ["eva", "corda", "lora_ga", "loftq"])
 def test_a_beginning_that_looks_at_data_is_none_of_a_plan(begin: str) -> None:
     (fault,) = faults(stage("a", init_lora_weights=begin))

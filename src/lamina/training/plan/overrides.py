@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lamina.training.plan.document import Document, Fault, Where
+from lamina.training.plan.schema import ONE_OF
 from lamina.training.plan.settings import Settings
 
 
@@ -16,7 +17,8 @@ def apply(document: Document, overrides: Sequence[str]) -> list[Fault]:
 
     KEY is dotted: `stages.chat.learning_rate` (a stage by its name or number), `defaults.lora_r`,
     `output_dir`; a setting of stages alone, `learning_rate`, means `defaults.learning_rate`. VALUE
-    is YAML.
+    is YAML. Of two settings that exclude each other, such as `max_steps` and `num_train_epochs`,
+    the one that is given here holds.
     """
     faults: list[Fault] = []
     for text in overrides:
@@ -50,12 +52,22 @@ def _put(document: Document, path: list[str], value: Any) -> str | None:
         where = (*where, key)
         if step == len(path) - 1:
             here[key] = value
+            _give_way(document, here, where)
         else:
             if isinstance(here, dict) and here.get(key) is None:
                 here[key] = {}
             here = here[key]
     document.overridden.add(where)
     return None
+
+
+def _give_way(document: Document, here: Any, where: Where) -> None:
+    """Of two that exclude each other, the one on the command line holds."""
+    for pair in ONE_OF:
+        if where[-1] in pair and isinstance(here, dict):
+            (other,) = (name for name in pair if name != where[-1])
+            if (*where[:-1], other) not in document.overridden:
+                here.pop(other, None)
 
 
 def _key(here: Any, name: str) -> str | int | None:

@@ -62,12 +62,23 @@ def load_base(plan: Plan, head: str) -> Any:
         if torch.cuda.is_available():
             options["device_map"] = {"": torch.cuda.current_device()}
     try:
-        return kind.from_pretrained(plan.model_name_or_path, **options)
+        return _unpacked(kind.from_pretrained(plan.model_name_or_path, **options))
     except (OSError, ValueError) as error:
         raise PlanError(
             f"The base {plan.model_name_or_path} can't be loaded: {_first(error)}",
             cure="model_name_or_path: a directory with a model, or a hub id",
         ) from error
+
+
+def _unpacked(model: Any) -> Any:
+    """Keep bitsandbytes from packing codes for inference on a CPU, in place, in an evaluation.
+
+    Nothing can be trained over them any more then.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def precision_of(plan: Plan, model: Any) -> Precision:
