@@ -74,7 +74,7 @@ def _rows(label: str, stage: str, by_hand: Log, lamina: Log) -> Iterator[Row]:
     both = [[each["loss"] for each in log if "loss" in each] for log in (by_hand, lamina)]
     assert len(both[0]) == len(both[1]), f"{stage}: {len(both[0])} and {len(both[1])} steps"
     steps = [
-        Row(label, stage, f"loss of step {n}", *pair)
+        Row(label, stage, f"loss, step {n}", *pair)
         for n, pair in enumerate(zip(*both, strict=True), 1)
     ]
     furthest = max(steps, key=lambda row: row.difference)
@@ -104,10 +104,10 @@ def _run(folder: Path, *words: str) -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """Both sides and how far they are apart."""
-    made = Table(box=None)
+    made = Table(box=None, pad_edge=False)
     for column in ("second stage", "stage", "figure"):
         made.add_column(column)
-    for column in ("by hand", "Lamina", "difference"):
+    for column in ("by hand", "Lamina", "apart"):
         made.add_column(column, justify="right")
     for row in rows:
         apart = f"{row.difference:.1e}" if row.difference else "none"

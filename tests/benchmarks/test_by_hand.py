@@ -29,9 +29,9 @@ def test_by_hand_and_as_a_plan(
     assert told["largest difference"] <= most
     figures = [(row["stage"], row["what"]) for row in told["rows"]]
     for stage in ("domain", "chat", "taste"):
-        assert {"loss of step 6", "held-out loss"} <= {w for name, w in figures if name == stage}
+        assert {"loss, step 6", "held-out loss"} <= {w for name, w in figures if name == stage}
     # The stages did learn: what is compared is not where they began.
-    last = {row["stage"]: row["lamina"] for row in told["rows"] if row["what"] == "loss of step 6"}
+    last = {row["stage"]: row["lamina"] for row in told["rows"] if row["what"] == "loss, step 6"}
     assert last["domain"] < 5.3
     assert last["taste"] != pytest.approx(0.6931, abs=1e-4)
     assert "largest difference" in capsys.readouterr().out
