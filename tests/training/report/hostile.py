@@ -32,17 +32,20 @@ def write_run(folder: Path) -> Path:
     state = RunState.read(folder)
     names = [*state.order, *STRINGS]
     stages = {"domain": replace(state.stages["domain"], gate=Judgement(True, STRINGS[0], STRINGS))}
+    below = "domain"
     for number, name in enumerate(STRINGS):
+        passed = number % 2 == 0
         stages[name] = StageState(
             "finished",
             "",
             {"method": name, "mode": name, "optim": name, "trainer_args": {name: [name]},
              f"version of {name}": name},
             why=name,
-            built_on=names[number],
+            built_on=below,
             retries=(Retry(1e-3, STRINGS),),
-            gate=Judgement(number % 2 == 0, name, STRINGS, STRINGS),
+            gate=Judgement(passed, name if passed else "rollback", STRINGS, STRINGS),
         )  # fmt: skip
+        below = name if passed else below
         made.write_log(folder, replace(made.CHAIN[0], name=f"n{number}"))
     RunState(stages, tuple(names), base=STRINGS[2]).write(folder)
     judged = _judged()

@@ -102,12 +102,14 @@ def test_a_name_that_leads_elsewhere_is_no_directory(finished: Path, tmp_path: P
     assert stage.directory == run
 
 
-def test_a_stage_below_itself_ends_the_chain(tmp_path: Path) -> None:
+def test_a_stage_below_itself_is_on_nothing(tmp_path: Path) -> None:
     run = made.write_run(tmp_path / "run", made.CHAIN[:2], adapters=False)
     state = RunState.read(run)
     first = replace(state.stages["domain"], built_on="chat")
     state.having("domain", first).write(run)
-    assert facts_of(run).chain == ("domain", "chat")
+    facts = facts_of(run)
+    assert facts.chain == ()
+    assert [each.standing for each in facts.stages] == ["outdated", "outdated"]
 
 
 def test_a_stage_that_stopped_the_run_is_a_dead_end(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ class StageFacts:
         number: its place in the plan, from 0.
         state: what the run noted of it; None if it hasn't begun.
         standing: "waiting", "running", "cut off" (killed while it ran), "interrupted", "failed",
-            "finished", "rolled back" or "refused".
+            "finished", "outdated" (what it is built on isn't what it was), "rolled back" or
+            "refused".
         mode: how it was, or is to be, begun: "fresh" on the base, else as in a plan; None if
             nothing says.
         built_on: the stage that it was begun on; None is the base.
@@ -43,7 +44,7 @@ class StageFacts:
         directory: that, or where it would be.
         fault: why it can't be read, where something is there.
         curve: what its log says.
-        judged: what was measured of it.
+        judged: what was measured of it; of one that is outdated nothing is told.
     """
 
     name: str
@@ -138,13 +139,13 @@ def facts_of(directory: str | Path) -> RunFacts:
     running = is_locked(folder)
     described = {name: _described(folder, name) for name in state.order}
     built_on = {name: _built_on(state, name, described[name][0]) for name in state.order}
-    chain = _chain(state, built_on)
+    chain = state.chain
     stages = tuple(
         StageFacts(
             name=name,
             number=number,
             state=state.stages.get(name),
-            standing=_standing(state.stages.get(name), running),
+            standing=_standing(state, name, running),
             mode=_mode(state.stages.get(name), described[name][0]),
             built_on=built_on[name],
             in_chain=name in chain,
@@ -152,7 +153,7 @@ def facts_of(directory: str | Path) -> RunFacts:
             directory=folder / name if is_directory_name(name) else folder,
             fault=described[name][1],
             curve=curve_of(log_file(folder, name) if is_directory_name(name) else None),
-            judged=evaluation.stages.get(name),
+            judged=None if name in state.outdated else evaluation.stages.get(name),
         )
         for number, name in enumerate(state.order)
     )
@@ -214,20 +215,13 @@ def _refused(state: RunState, name: str) -> bool:
     return name in state.stages and state.stages[name].standing in _NOT_COUNTED
 
 
-def _chain(state: RunState, built_on: Mapping[str, str | None]) -> tuple[str, ...]:
-    ends = [name for name in state.order if name in state.stages and state.stages[name].counts]
-    found: list[str] = []
-    name = ends[-1] if ends else None
-    while name is not None and name not in found:
-        found.append(name)
-        name = built_on.get(name)
-    return tuple(reversed(found))
-
-
-def _standing(state: StageState | None, running: bool) -> str:
-    if state is None:
+def _standing(state: RunState, name: str, running: bool) -> str:
+    known = state.stages.get(name)
+    if known is None:
         return "waiting"
-    return "cut off" if state.status == "running" and not running else state.standing
+    if name in state.outdated:
+        return "outdated"
+    return "cut off" if known.status == "running" and not running else known.standing
 
 
 def _mode(state: StageState | None, adapter: AdapterDescription | None) -> Mode | None:

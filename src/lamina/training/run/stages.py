@@ -54,6 +54,8 @@ class Stages:
             GateError: a stage cost more than its gate allows.
         """
         names = [stage.name for stage in self._plan.stages]
+        # Else a plan that only leaves stages out would change nothing.
+        self._state.write(self._directory)
         self._told.begins(names, str(self._directory))
         results: list[StageResult] = []
         built_on: str | None = None
@@ -227,7 +229,7 @@ class Stages:
     def _identity(self, name: str) -> str:
         """What a finished stage is to those that depend on it."""
         state = self._state.stages.get(name)
-        return digest({"hash": state.hash, "weights": state.weights}) if state else ""
+        return state.identity if state else ""
 
     def _kept(self, places: Places, before: StageState | None, own: str) -> StageResult | None:
         """A stage that is finished, and still is what was saved."""

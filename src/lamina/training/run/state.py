@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from lamina.errors import RunError
 from lamina.storage.atomic import ADAPTER_FILES
 from lamina.storage.whole import write_whole
+from lamina.training.run.identity import digest
 
 FILE = "run.json"
 FORMAT = 1
@@ -82,6 +84,11 @@ class StageState:
     gate: Judgement | None = None
 
     @property
+    def identity(self) -> str:
+        """What it is to stages that are built on it."""
+        return digest({"hash": self.hash, "weights": self.weights})
+
+    @property
     def counts(self) -> bool:
         """Whether it is finished, and its gate lets it be built on."""
         return self.status == "finished" and (self.gate is None or self.gate.passed)
@@ -123,13 +130,39 @@ class RunState:
     @property
     def chain(self) -> tuple[str, ...]:
         """The stages that the newest one that counts is made of, oldest first."""
-        ends = [name for name in self.order if name in self.stages and self.stages[name].counts]
-        found: list[str] = []
-        name: str | None = ends[-1] if ends else None
-        while name is not None and name not in found:
-            found.append(name)
-            name = self.stages[name].built_on if name in self.stages else None
-        return tuple(reversed(found))
+        return tuple(name for name in self._standing() if self.stages[name].counts)
+
+    @property
+    def outdated(self) -> frozenset[str]:
+        """Finished stages that are on something else than a run would build them on now.
+
+        They are what an earlier plan came to: a stage before them was made again since, has to be,
+        or was taken out.
+        """
+        finished = {
+            name
+            for name in self.order
+            if name in self.stages and self.stages[name].status == "finished"
+        }
+        return frozenset(finished - set(self._standing()))
+
+    def _standing(self) -> Iterator[str]:
+        """Finished stages, each on the last before it that counts, as far as that goes."""
+        below: str | None = None
+        for name in self.order:
+            stage = self.stages.get(name)
+            if stage is None or stage.status != "finished" or not self._is_on(stage, below):
+                return
+            yield name
+            if stage.standing == "refused":
+                return
+            below = name if stage.counts else below
+
+    def _is_on(self, stage: StageState, below: str | None) -> bool:
+        if "parent" not in stage.inputs:
+            return stage.built_on == below
+        found: bool = stage.inputs["parent"] == (self.stages[below].identity if below else None)
+        return found
 
     def having(self, name: str, stage: StageState) -> RunState:
         """With another state of one stage."""

@@ -21,7 +21,8 @@ class StageStatus:
     Attributes:
         name: of the stage.
         status: "waiting", "running", "cut off" (killed; the same command goes on), "interrupted",
-            "failed", "finished", or what a gate made of a finished stage: "refused", "rolled back".
+            "failed", "finished", "outdated" (what it was built on isn't what it is now), or what a
+            gate made of a finished stage: "refused", "rolled back".
         step: the last step in its log.
         steps: of all; None before the first line of the log.
         loss: the last one in its log.
@@ -93,11 +94,12 @@ def _stage(folder: Path, state: RunState, name: str, running: bool) -> StageStat
     lines = list(read_log(log_file(folder, name)))
     last = lines[-1] if lines else {}
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    standing = "outdated" if name in state.outdated else known.standing
     cut_off = known.status == "running" and not running
     steps: Any = last.get("steps")
     return StageStatus(
         name=name,
-        status="cut off" if cut_off else known.standing,
+        status="cut off" if cut_off else standing,
         step=int(last.get("step", 0)),
         steps=None if steps is None else int(steps),
         loss=losses[-1] if losses else None,
