@@ -29,8 +29,8 @@ from lamina.training.preflight.base import Base
 from lamina.training.preflight.needs import dtype_of
 from lamina.training.preflight.places import place_of
 from lamina.training.preflight.targets import Adapter
+from lamina.training.quiet import quiet
 from lamina.training.reference import Reference
-from lamina.training.run.quiet import quiet
 from lamina.training.trainers import METHODS, Job
 from lamina.training.trainers.arguments import Precision, arguments_for
 
@@ -112,12 +112,13 @@ def _rehearse(plan: Plan, place: int, base: Base, adapter: Adapter, root: Path, 
     settings = plan.settings_of(stage)
     method = METHODS[settings.method or "sft"]
     dtype = dtype_of(plan, base)
+    evaluates = bool(settings.eval_datasets or settings.eval_fraction)
     arguments = arguments_for(
         plan,
         stage,
         work,
         precision=Precision(dtype),
-        evaluates=bool(settings.eval_datasets or settings.eval_fraction),
+        evaluates=evaluates,
         lora_dropout=adapter.config.lora_dropout,
     )
     arguments.report_to = []
@@ -132,7 +133,7 @@ def _rehearse(plan: Plan, place: int, base: Base, adapter: Adapter, root: Path, 
         # Trainers may change it.
         tokenizer=copy.deepcopy(base.tokenizer),
         train=data,
-        held_out=data if arguments.eval_strategy != "no" else None,
+        held_out=data if evaluates else None,
         reference=Reference(model, ()) if method.has_reference else None,
         rewards=(_nothing,),
     )
