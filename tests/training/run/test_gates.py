@@ -205,3 +205,23 @@ def test_a_broken_bound_is_told_with_all_others(base: Path, tmp_path: Path) -> N
         plans.run(path)
     assert [each.partition(":")[0] for each in caught.value.faults] == ["texts", "talks"]
     assert "it has to get better by 99.0%" in caught.value.faults[1]
+
+
+def test_a_stage_without_retries_has_the_rate_that_is_asked_for(base: Path, tmp_path: Path) -> None:
+    gate = {"on_failure": "retry", "retry_factor": 0.01, "max_retries": 3}
+    path = write_plan(tmp_path, [FIRST, spoiling(**gate)], base=base, evals=EVALS)
+    plans.run(path)
+    tried = RunState.read(tmp_path / "out").stages["b"]
+    assert tried.retries
+    assert tried.inputs["learning_rate"] < 0.5
+    # Another factor leads to other tries after the first.
+    plans.run(path, "stages.b.gate.retry_factor=0.02")
+    again = RunState.read(tmp_path / "out").stages["b"]
+    assert again.inputs["learning_rate"] == pytest.approx(0.5 * 0.02 ** len(again.retries))
+    assert again.retries[0] == tried.retries[0]
+    # A gate that only stops, and none at all, have no tries but the first.
+    write_plan(tmp_path, [FIRST, spoiling(may_lose={"texts": 1e6})], base=base, evals=EVALS)
+    plans.run(path)
+    first = RunState.read(tmp_path / "out").stages["b"]
+    assert first.inputs["learning_rate"] == 0.5
+    assert first.retries == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -109,12 +110,16 @@ class Stages:
             self._told.retried(stage.name, self._rate(stage, len(retries)))
 
     def _retries(self, stage: StagePlan, built_on: str | None) -> tuple[Retry, ...]:
-        """Those of an earlier run, unless what they were tries of changed."""
+        """Those of an earlier run, unless what they were tries of, or their rates, changed."""
+        gate = self._plan.settings_of(stage).gate
         before = self._state.stages.get(stage.name)
-        if before is None or not self._resume or not before.retries:
+        if gate is None or gate.on_failure != "retry" or before is None or not self._resume:
             return ()
-        first = digest(self._inputs(self._begun(stage, built_on), built_on))
-        return before.retries if before.first == first else ()
+        if before.first != digest(self._inputs(self._begun(stage, built_on), built_on)):
+            return ()
+        tries = enumerate(before.retries)
+        same = takewhile(lambda each: each[1].learning_rate == self._rate(stage, each[0]), tries)
+        return tuple(each for _, each in same)
 
     def _rate(self, stage: StagePlan, retries: int) -> float:
         settings = self._plan.settings_of(stage)
