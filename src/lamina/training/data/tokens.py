@@ -10,8 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from lamina.extras import require
 from lamina.training.data.chat import is_conversation
 from lamina.training.data.examples import quiet
 from lamina.training.plan.settings import Settings
+from lamina.training.quiet import errors_only
 
 # Longer than any example.
 _NO_LIMIT = 1 << 30
@@ -69,7 +69,8 @@ def tokenize(
         "reward": _scored,
         "grpo": _prompts,
     }[settings.method or "sft"]
-    with quiet(always=True), _unlogged():
+    # What TRL notes of single examples is counted instead.
+    with quiet(always=True), errors_only(logging.getLogger("trl")):
         return prepare(dataset, settings, tokenizer, max_length)
 
 
@@ -202,18 +203,6 @@ def tokenize_prompts(dataset: Any, settings: Settings, tokenizer: Any) -> list[T
             ids = tokenizer(text=row["prompt"])["input_ids"]
         made.append(Tokens(tuple(ids), (False,) * len(ids)))
     return made
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep off the terminal what TRL notes of single examples; the preview counts them instead."""
-    logger = logging.getLogger("trl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _labelled(ids: Sequence[int], labels: Sequence[int]) -> Tokens:

@@ -18,6 +18,7 @@ from typing import Any
 from lamina.errors import PlanError, nearest
 from lamina.extras import require
 from lamina.training.data.examples import quiet
+from lamina.training.quiet import errors_only
 
 # What `lm_eval run` draws examples with.
 _SEED = 1234
@@ -137,7 +138,7 @@ def keeping_quiet() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for name in ("lm_eval", "datasets", "evaluate", "absl", "transformers"):
-            stack.enter_context(_level(logging.getLogger(name)))
+            stack.enter_context(errors_only(logging.getLogger(name)))
         stack.enter_context(_no_bars())
         yield
 
@@ -214,16 +215,6 @@ def _inside(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-@contextmanager
-def _level(logger: logging.Logger) -> Iterator[None]:
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

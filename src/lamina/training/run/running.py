@@ -15,10 +15,10 @@ from lamina.training.plan import Plan
 from lamina.training.plan.document import Document
 from lamina.training.plan.located import located
 from lamina.training.preflight import check_plan
+from lamina.training.quiet import quiet
 from lamina.training.report import write_report
 from lamina.training.run.interrupts import Stop, stopped_by_signals
 from lamina.training.run.lock import locked
-from lamina.training.run.quiet import quiet
 from lamina.training.run.room import disk_faults_told
 from lamina.training.run.stages import Stages
 from lamina.training.run.told import RunResult, Told

@@ -24,12 +24,13 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         warnings.simplefilter("default", LaminaWarning)
         for name in _TALKING:
-            stack.enter_context(_level(logging.getLogger(name)))
+            stack.enter_context(errors_only(logging.getLogger(name)))
         yield
 
 
 @contextmanager
-def _level(logger: logging.Logger) -> Iterator[None]:
+def errors_only(logger: logging.Logger) -> Iterator[None]:
+    """Nothing below an error of one logger inside."""
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
