@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lamina.training.evaluate.matrix import matrix_of
@@ -83,3 +85,20 @@ def test_holes_are_holes() -> None:
     assert [cell.gain for cell in row.cells] == [None, None, None, None]
     assert [cell.from_base for cell in row.cells] == [None, None, 1.0, None]
     assert (row.gain, row.forgetting, row.transfer, row.learnt_in) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "forgetting"),
+    [
+        ([3.0, 2.0, 2.5, math.nan], math.inf),
+        ([math.nan, 2.0, 2.5, 2.25], 0.25),
+        ([3.0, math.nan, 2.0, 2.25], 0.25),
+        ([math.nan, math.nan, math.nan, 2.0], None),
+        ([math.inf, math.inf, math.inf, math.inf], 0.0),
+        ([3.0, 2.0, 2.5, math.inf], math.inf),
+    ],
+)
+def test_what_is_no_number_forgets_everything_and_was_never_the_best(
+    values: list[float | None], forgetting: float | None
+) -> None:
+    assert matrix_of(evaluation(text=values), STAGES).rows[0].forgetting == forgetting

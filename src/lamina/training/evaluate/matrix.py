@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ class Row:
         told: whether that is the plan's word.
         gain: of the end against the base, better being positive: G = s_T - s_0.
         forgetting: F = max over t < T of s_t, less s_T: what the best stage before the end knew and
-            the end doesn't, 0 or more; the base counts as a stage.
+            the end doesn't, 0 or more; the base counts as a stage. A score that is no number is
+            left out before the end, and infinitely worse than any at it.
         transfer: s_T - s_k, k the stage that it was learnt in: what the stages after did to it; its
             mean over evals is the backward transfer. None if that is the last stage, or none.
 
@@ -137,9 +139,14 @@ def _largest_gain(cells: Sequence[Cell]) -> int:
 
 
 def _forgetting(good: Sequence[float | None]) -> float | None:
-    earlier = [each for each in good[:-1] if each is not None]
+    earlier = [each for each in good[:-1] if each is not None and not math.isnan(each)]
     last = good[-1]
-    return None if last is None or not earlier else max(0.0, max(earlier) - last)
+    if last is None or not earlier:
+        return None
+    best = max(earlier)
+    if math.isnan(last):
+        return math.inf
+    return best - last if best > last else 0.0
 
 
 def _less(good: Sequence[float | None], place: int, other: int) -> float | None:
