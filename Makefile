@@ -8,12 +8,12 @@ DOCS_STAMP := $(VENV)/.docs-done
 # A second environment, in which there is no peft for Lamina to stand in front of.
 ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.setup-done
-CHECKED := src tests scripts benchmarks
+CHECKED := src tests scripts benchmarks examples
 # `make test PYTEST_ARGS="tests/engine -x"` runs a part.
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo browser test ecosystem torture lint format bench docs pins clean
+.PHONY: help setup demo example browser test ecosystem torture lint format bench docs pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ browser: ## Install Chromium for the tests of reports (as root, on Debian and it
 	  apt-get -qq -o Acquire::http::Timeout=30 update && \
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; \
 	} || echo "no chromium: reports are not looked at in a browser"
+
+example: $(STAMP) ## Run a plan: a support bot from its manual to its preferences
+	$(BIN)/python examples/support-bot/make_data.py
+	$(BIN)/lamina run examples/support-bot/plan.yaml
+	$(BIN)/lamina verify runs/support-bot/preferences
 
 test: $(STAMP) browser ## Run the tests on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

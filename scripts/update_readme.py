@@ -1,16 +1,22 @@
 """Write measured figures into README.md and docs/trust.md, between their markers.
 
-They are read from runs/demo/results.json, runs/demo/demo.txt, docs/benchmark.json and
-docs/streaming_merge.json; what isn't there leaves its part as it is.
+They are read from runs/demo/results.json, runs/demo/demo.txt, docs/benchmark.json,
+docs/streaming_merge.json, and of the example with a support bot from its plan and what
+runs/support-bot says; what isn't there leaves its part as it is.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from lamina.training.evaluate.matrix import Row, matrix_of
+from lamina.training.evaluate.scores import Evaluation, Score
+from lamina.training.run.state import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +64,50 @@ def streaming_section(measured: dict[str, Any]) -> str:
     return "\n".join([*map(_row, rows), "", told])
 
 
+def example_section(run: Path, plan: str) -> str:
+    """The stages of a plan, what each gained and cost, and what they answer."""
+    evaluation, state = Evaluation.read(run), RunState.read(run)
+    matrix = matrix_of(evaluation, state.chain)
+    columns = ["held out", *matrix.columns, "learnt in"]
+    rows = [columns, ["---", *("---:" for _ in matrix.columns), "---"], *map(_scores, matrix.rows)]
+    judged = [evaluation.base, *(evaluation.stages[name] for name in state.chain)]
+    asked = [each.prompt for each in evaluation.base.answers]
+    answers = [["asked", *matrix.columns[1:]], ["---"] * len(matrix.columns)]
+    for place, prompt in enumerate(asked):
+        told = [_quoted(each.answers[place].text) for each in judged[1:]]
+        answers.append([prompt, *told])
+    # A stage's seconds have those in them that it was measured in.
+    seconds = evaluation.base.seconds + sum(state.stages[name].seconds for name in state.chain)
+    stages = plan[plan.index("stages:") : plan.index("evals:")].strip()
+    return "\n".join(
+        [
+            f"```yaml\n{stages}\n```",
+            "",
+            *map(_row, rows),
+            "",
+            *map(_row, answers),
+            "",
+            f"All of it took {seconds:.0f} s.",
+        ]
+    )
+
+
+def _scores(row: Row) -> list[str]:
+    scores = [_score(cell.score) for cell in row.cells]
+    return [f"{row.name} ({row.metric.replace('_', ' ')})", *scores, row.learnt_in or ""]
+
+
+def _score(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.2f}" if score.metric == "loss" else f"{score.value:.0%}"
+
+
+def _quoted(text: str, longest: int = 40) -> str:
+    line = " ".join(text.split()).replace("|", "\\|")
+    return f"`{line[:longest]}{'...' if len(line) > longest else ''}`" if line else ""
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
@@ -91,6 +141,12 @@ def update(root: Path) -> list[str]:
         section = bench_section(json.loads(benchmark.read_text(encoding="utf-8")))
         text = put_between(text, "bench", section)
         done.append("bench")
+    run = root / "runs" / "support-bot"
+    if (run / "evaluation.json").is_file():
+        plan = (root / "examples" / "support-bot" / "plan.yaml").read_text(encoding="utf-8")
+        text = put_between(text, "example", example_section(run, plan))
+        _copy_pictures(run / "report", root / "docs" / "images", text)
+        done.append("example")
     readme.write_text(text, encoding="utf-8")
     streaming, trust = root / "docs" / "streaming_merge.json", root / "docs" / "trust.md"
     if streaming.is_file():
@@ -99,6 +155,13 @@ def update(root: Path) -> list[str]:
         trust.write_text(text, encoding="utf-8")
         done.append("streaming")
     return done
+
+
+def _copy_pictures(report: Path, images: Path, readme: str) -> None:
+    """The pictures of a report that the README shows."""
+    for name in re.findall(r"\(docs/images/support-bot-([\w-]+\.png)\)", readme):
+        images.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(report / name, images / f"support-bot-{name}")
 
 
 if __name__ == "__main__":

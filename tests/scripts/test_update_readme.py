@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lamina.training.evaluate.scores import Answer, Evaluation, Judged, Measured, Score
+from lamina.training.run.state import RunState, StageState
 from scripts.update_readme import put_between, update
 
 README = """before
@@ -96,5 +98,38 @@ def test_a_marker_that_is_missing_is_an_error() -> None:
 
 def test_the_readme_has_the_markers() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    for name in ("demo", "bench"):
+    for name in ("demo", "bench", "example"):
         assert "\n\nx\n\n" in put_between(text, name, "x")
+
+
+def test_the_matrix_and_the_answers_of_the_example_get_into_the_readme(tmp_path: Path) -> None:
+    told = "before <!-- example:begin --> old <!-- example:end -->"
+    picture = "![x](docs/images/support-bot-matrix.png)"
+    (tmp_path / "README.md").write_text(f"{told}\n{picture}\n")
+    example = tmp_path / "examples" / "support-bot"
+    example.mkdir(parents=True)
+    (example / "plan.yaml").write_text("output_dir: x\nstages:\n  - {name: a}\n\nevals: {}\n")
+    run = tmp_path / "runs" / "support-bot"
+    (run / "report").mkdir(parents=True)
+    (run / "report" / "matrix.png").write_bytes(b"a picture")
+
+    def judged(loss: float, share: float, answer: str) -> Judged:
+        scores = {
+            "manual": Measured("1", Score("loss", loss, False, 9)),
+            "answers": Measured("2", Score("exact_match", share, True, 9)),
+        }
+        return Judged("w", scores, (Answer("Who?", answer, 2, True),), seconds=2.0)
+
+    stages = {"a": judged(1.25, 0.5, "a|b\nc")}
+    Evaluation(judged(3.0, 0.0, "x"), stages, ("manual", "answers"), {}).write(run)
+    RunState(order=("a",), stages={"a": StageState("finished", "h", {}, seconds=40.0)}).write(run)
+
+    assert update(tmp_path) == ["example"]
+    text = (tmp_path / "README.md").read_text()
+    assert "```yaml\nstages:\n  - {name: a}\n```" in text
+    assert "| manual (loss) | 3.00 | 1.25 | a |" in text
+    assert "| answers (exact match) | 0% | 50% | a |" in text
+    assert "| Who? | `a\\|b c` |" in text
+    assert "All of it took 42 s." in text
+    copied = tmp_path / "docs" / "images" / "support-bot-matrix.png"
+    assert copied.read_bytes() == b"a picture"
