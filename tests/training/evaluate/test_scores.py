@@ -63,3 +63,37 @@ def test_one_of_them_is_replaced() -> None:
     found = whole().having("one", other).having(None, other)
     assert (found.base, found.of("one")) == (other, other)
     assert whole().of("one") != other
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "told"),
+    [
+        (("stages", "one", "scores", "b", "score", "value"), "much", "stages.one.scores.b.score"),
+        (("stages", "one", "scores", "b", "score", "value"), None, "stages.one.scores.b.score"),
+        (("stages", "one", "drift", 0, "norm"), "far", "stages.one.drift.0.norm"),
+        (("base", "answers", 0, "text"), 3, "base.answers.0.text"),
+    ],
+)
+def test_what_is_of_another_type_is_refused_where_it_is_read(
+    tmp_path: Path, where: tuple[str | int, ...], value: object, told: str
+) -> None:
+    whole().write(tmp_path)
+    document = json.loads((tmp_path / FILE).read_text())
+    place = document
+    for each in where[:-1]:
+        place = place[each]
+    place[where[-1]] = value
+    (tmp_path / FILE).write_text(json.dumps(document))
+    with pytest.raises(RunError, match="makes no sense") as caught:
+        Evaluation.read(tmp_path)
+    assert caught.value.faults[0].startswith(told)
+    assert "delete it" in str(caught.value.cure)
+
+
+def test_numbers_of_drift_that_are_none_come_back_as_such(tmp_path: Path) -> None:
+    drift = (ModuleDrift("q", 1.0, math.inf, math.nan, 2),)
+    Evaluation(stages={"one": Judged("s", drift=drift)}).write(tmp_path)
+    found = Evaluation.read(tmp_path).stages["one"].drift
+    assert found is not None
+    assert found[0].relative == 0.0
+    assert math.isnan(found[0].effective_rank or 0.0)

@@ -11,9 +11,11 @@ from typing import Any
 
 from lamina.errors import RunError
 from lamina.storage.whole import write_whole
+from lamina.training.noted import understood
 
 FILE = "evaluation.json"
 FORMAT = 1
+_CURE = "delete it, and all stages are measured anew"
 
 
 @dataclass(frozen=True)
@@ -204,17 +206,15 @@ class Evaluation:
             told = json.loads(file.read_text(encoding="utf-8"))
             if told["format"] != FORMAT:
                 raise ValueError(f"it has format {told['format']}, this version reads {FORMAT}")
-            return cls(
+            found = cls(
                 base=Judged.from_dict(told["base"]),
                 stages={name: Judged.from_dict(each) for name, each in told["stages"].items()},
                 evals=tuple(told["evals"]),
                 learnt_in=dict(told["learnt_in"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(
-                f"{file} can't be read: {error}.",
-                cure="delete it, and all stages are measured anew",
-            ) from error
+            raise RunError(f"{file} can't be read: {error}.", cure=_CURE) from error
+        return understood(found, file, cure=_CURE)
 
 
 # JSON has no words for these.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
-
-from pydantic import TypeAdapter, ValidationError
 
 from lamina.checkpoint.describe import AdapterDescription, describe_adapter
 from lamina.checkpoint.record import Base, Mode
 from lamina.errors import LaminaError, RunError
-from lamina.training.evaluate.scores import FILE as EVALUATION
 from lamina.training.evaluate.scores import Evaluation, Judged, ModuleDrift
 from lamina.training.plan.schema import NAME_PATTERN
 from lamina.training.report.curves import Curve, curve_of
@@ -134,8 +131,8 @@ def facts_of(directory: str | Path) -> RunFacts:
     folder = Path(directory).expanduser().resolve()
     if not (folder / FILE).is_file():
         raise RunError(f"There is no run in {folder}.", cure="lamina run plan.yaml begins one")
-    state = _checked(RunState, RunState.read(folder), folder / FILE)
-    evaluation = _checked(Evaluation, Evaluation.read(folder), folder / EVALUATION)
+    state = RunState.read(folder)
+    evaluation = Evaluation.read(folder)
     running = is_locked(folder)
     described = {name: _described(folder, name) for name in state.order}
     built_on = {name: _built_on(state, name, described[name][0]) for name in state.order}
@@ -172,19 +169,6 @@ def facts_of(directory: str | Path) -> RunFacts:
 def is_directory_name(name: str) -> bool:
     """Whether a stage's name is one that a plan allows, which keeps to the run's directory."""
     return bool(_NAME.match(name))
-
-
-def _checked(kind: Any, value: Any, file: Path) -> Any:
-    """Notes whose values are of the types that they should be: somebody else may have made them."""
-    try:
-        TypeAdapter(kind).validate_python(asdict(value))
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']}"
-            for each in error.errors(include_url=False, include_input=False)
-        ]
-        raise RunError(f"{file} makes no sense.", faults=faults) from error
-    return value
 
 
 def _described(folder: Path, name: str) -> tuple[AdapterDescription | None, str]:

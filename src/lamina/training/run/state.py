@@ -12,10 +12,12 @@ from typing import Any, Literal
 from lamina.errors import RunError
 from lamina.storage.atomic import ADAPTER_FILES
 from lamina.storage.whole import write_whole
+from lamina.training.noted import understood
 from lamina.training.run.identity import digest
 
 FILE = "run.json"
 FORMAT = 1
+_CURE = "delete it, and all stages are run anew; or give another output_dir"
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,10 @@ class RunState:
             if known != FORMAT:
                 raise ValueError(f"it has format {known}, this version reads {FORMAT}")
             stages = {name: StageState.from_dict(each) for name, each in document["stages"].items()}
-            return cls(stages, tuple(document["order"]), document.get("base", ""))
+            found = cls(stages, tuple(document["order"]), document.get("base", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(
-                f"{file} can't be read: {error}.",
-                cure="delete it, and all stages are run anew; or give another output_dir",
-            ) from error
+            raise RunError(f"{file} can't be read: {error}.", cure=_CURE) from error
+        return understood(found, file, cure=_CURE)
 
 
 def adapter_digests(directory: Path) -> dict[str, str]:
