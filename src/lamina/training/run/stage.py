@@ -21,6 +21,7 @@ from lamina.training.data import StageData
 from lamina.training.plan import Plan, StagePlan, adapter_config
 from lamina.training.plan.settings import Settings
 from lamina.training.reference import Reference, reference_of
+from lamina.training.run import failures
 from lamina.training.run.base import load_base, precision_of
 from lamina.training.run.callbacks import Checks, Following, check_trainable
 from lamina.training.run.checkpoints import newest, step_of
@@ -116,10 +117,11 @@ def run_stage(task: Task, told: Told, stop: Stop) -> Outcome:
     """Train a stage, from its last checkpoint if there is one, and save it.
 
     Raises:
-        LaminaError: it can't be begun, or would train the wrong thing.
+        LaminaError: it can't be begun, would train the wrong thing, or failed in training.
     """
+    logs = task.places.root / "logs"
     try:
-        with _tensorboard(task.places.root / "logs" / task.stage.name):
+        with _tensorboard(logs / task.stage.name), failures.told(task.stage.name, logs):
             return _run(task, told, stop)
     finally:
         gc.collect()
