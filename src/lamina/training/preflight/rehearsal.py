@@ -179,8 +179,9 @@ def _stand_in(base: Base, head: str) -> Any:
 
 def _config(base: Base, adapter: Adapter) -> LoraConfig:
     """An adapter of the stand-in that is like a stage's, as far as trainers look at it."""
-    head = base.model.get_output_embeddings()
-    paths = [path for path, module in base.model.named_modules() if module is head]
+    model: Any = base.model
+    head = model.get_output_embeddings()
+    paths = [path for path, module in model.named_modules() if module is head]
     adapted = adapter.found is not None and any(k.name in paths for k in adapter.found.kinds)
     return LoraConfig(
         task_type=adapter.config.task_type,
