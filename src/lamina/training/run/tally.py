@@ -41,6 +41,12 @@ class Tally(TrainerCallback, ExportableState):  # type: ignore[misc]
         for name, values in kept["metrics"].items():
             getattr(trainer, _METRICS)["train"][name] = list(values)
 
+    def on_log(self, *args: Any, logs: Mapping[str, Any] | None = None, **given: Any) -> None:
+        """Count what is next from nothing: NaN less itself, as trainers reset it, is NaN still."""
+        loss = getattr(self._trainer, _LOSS)
+        if "loss" in (logs or {}) and not loss.isfinite():
+            loss.zero_()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         trainer = self._trainer

@@ -148,6 +148,8 @@ def _surroundings(plan: Plan, stage: StagePlan, work: Path, precision: Precision
         "dataloader_pin_memory": accelerated,
         "disable_tqdm": True,
         "logging_first_step": True,
+        # Else a loss that is no number is told as the mean of those that are: 0 where none is.
+        "logging_nan_inf_filter": False,
         "log_level": "error",
     }
 
