@@ -196,3 +196,27 @@ def test_a_run_ends_with_a_matrix_a_report_and_what_gates_say(tmp_path: Path) ->
     assert "talks  loss" in said
     told = json.loads(lamina_says("status", tmp_path / "out", "--json")[1])
     assert told["matrix"]["columns"] == ["base", "b"]
+
+
+def test_the_base_is_measured_when_something_else_begins() -> None:
+    view = View()
+    view.begins(["a"], "out")
+    # With prompts alone, no score tells that it is done.
+    view.judging_begins("base", [])
+    assert "* base  judging" in drawn(view)
+    view.stage_begins("a", 0, "")
+    assert "+ base  measured" in drawn(view)
+    other = View()
+    other.begins(["a"], "out")
+    other.judging_begins("base", ["texts", "talks"])
+    other.measured("base", "texts", None)
+    assert "* base  judging" in drawn(other)
+    # A stage that is kept begins with its being measured.
+    other.judging_begins("a", ["texts"])
+    assert "+ base  measured" in drawn(other)
+
+
+def drawn(view: View) -> str:
+    out = io.StringIO()
+    Console(file=out, width=80).print(view)
+    return out.getvalue()

@@ -164,6 +164,7 @@ class View(Told):
 
     def stage_begins(self, name: str, number: int, why: str) -> None:
         """It is loaded, and its data are tokenized."""
+        self._base_is_done()
         self._rows[name] = _Row("preparing", note=f"again: {why}" if why else "")
 
     def training_begins(self, name: str, step: int, steps: int) -> None:
@@ -189,14 +190,14 @@ class View(Told):
         if name not in self._rows:
             # The base has a line only if it is measured.
             self._rows = {name: _Row(), **self._rows}
+        if name in self._stages:
+            self._base_is_done()
         row = self._rows[name]
         row.status, row.began = "judging", None
 
     def measured(self, name: str, eval_name: str, score: Score | None) -> None:
         """The last score."""
         self._last = f"{name}, {eval_name}: {scored(score)}"
-        if name not in self._stages:
-            self._rows[name].status = "measured"
 
     def gate(self, name: str, judgement: Judgement) -> None:
         """The broken bounds."""
@@ -208,12 +209,18 @@ class View(Told):
 
     def stage_ends(self, result: StageResult) -> None:
         """How it ended."""
+        self._base_is_done()
         row = self._rows[result.name]
         row.status, row.began = result.status, None
         row.step = row.steps = result.steps
         row.loss = (result.metrics or {}).get("train_loss", row.loss)
         took = span(result.seconds) if result.seconds else ""
         row.note = ", ".join(filter(None, (took, row.gate or row.note)))
+
+    def _base_is_done(self) -> None:
+        """Whatever it was measured on: with prompts alone no score tells of its end."""
+        for name in self._rows.keys() - self._stages:
+            self._rows[name].status = "measured"
 
 
 def _pace(row: _Row, now: float) -> str:
