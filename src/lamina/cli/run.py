@@ -28,7 +28,7 @@ def run(
         typer.Argument(metavar="[KEY=VALUE]...", help="Over what it says: stages.chat.lora_r=4"),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Run every stage anew, whatever is there.")
+        bool, typer.Option("--restart", help="Run and measure all anew, whatever is there.")
     ] = False,
     report: Annotated[
         bool, typer.Option(help="Write the report into output_dir/report at the end.")

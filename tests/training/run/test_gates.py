@@ -182,6 +182,20 @@ def test_what_was_measured_is_kept_until_it_depends_on_something_else(
     assert told["stages"]["a"]["drift"]
 
 
+def test_a_run_from_the_beginning_measures_anew(base: Path, tmp_path: Path) -> None:
+    path = write_plan(tmp_path, [FIRST], base=base, evals=EVALS)
+    plans.run(path)
+    file = tmp_path / "out" / "evaluation.json"
+    before = scores(tmp_path)
+    told = json.loads(file.read_text())
+    told["stages"]["a"]["scores"]["texts"]["score"]["value"] = 0.5
+    file.write_text(json.dumps(told))
+    heard = Heard()
+    plans.run(path, console=heard, resume=False)
+    assert heard.events == [("measured", "base"), ("begins", "a"), ("measured", "a")]
+    assert scores(tmp_path) == before
+
+
 def test_prompts_are_answered_by_base_and_stages(base: Path, tmp_path: Path) -> None:
     prompts = ["Once", {"text": "Then", "max_new_tokens": 3}]
     path = write_plan(tmp_path, [FIRST], base=base, prompts=prompts)

@@ -51,18 +51,21 @@ class Judging:
         root: the folder of the plan's file.
         told: hears of scores.
         stop: is looked at between evals.
+        resume: go on from what is known; else all is measured anew.
 
     Raises:
         LaminaError: the data of evals can't be used; with all that is wrong.
     """
 
-    def __init__(self, plan: Plan, tokenizer: Any, root: Path, told: Told, stop: Stop) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Any, root: Path, told: Told, stop: Stop, *, resume: bool
+    ) -> None:
         self._plan, self._tokenizer = plan, tokenizer
         self._told, self._stop = told, stop
         self._directory = Path(plan.output_dir)
         self._judge = Judge.of(plan, tokenizer=tokenizer, root=root)
         self._base = base_identity(plan, getattr(tokenizer, "chat_template", None))
-        before = Evaluation.read(self._directory)
+        before = Evaluation.read(self._directory) if resume else Evaluation()
         names = [stage.name for stage in plan.stages]
         self._evaluation = Evaluation(
             base=before.base,

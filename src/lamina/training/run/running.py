@@ -52,7 +52,7 @@ def run_plan(
             before the working directory; `output_dir` is relative to the latter.
         document: of the plan, for the lines of what is wrong with it.
         console: what hears of the progress.
-        resume: go on from what is there; False runs every stage anew.
+        resume: go on from what is there; False runs and measures every stage anew.
         report: write the report of a run that came to its end, or to a gate that ended it.
 
     Raises:

@@ -42,7 +42,7 @@ class Stages:
         self._directory = Path(plan.output_dir)
         self._tokenizer = load_tokenizer(plan, root)
         self._data = self._all_data()
-        self._judging = Judging(plan, self._tokenizer, root, told, stop)
+        self._judging = Judging(plan, self._tokenizer, root, told, stop, resume=resume)
         before = RunState.read(self._directory)
         _check_ours(plan, self._directory, before)
         names = tuple(stage.name for stage in plan.stages)
