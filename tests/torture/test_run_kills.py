@@ -219,7 +219,7 @@ def test_asked_to_stop(signals: tuple[signal.Signals, ...], runs: Runs, figures:
             found["the end" if end.done else phase_of(runs.work, number)] += 1
             runs.look(number)
             runs.finish(number)
-        row.update(stopped=count, during=dict(found.most_common()), same=count)
+        row.update(stopped=count - found["the end"], during=dict(found.most_common()), same=count)
 
 
 def check_full(end: End, out: Path) -> None:
