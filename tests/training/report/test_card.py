@@ -138,6 +138,20 @@ def test_a_reward_model_is_used_as_one(tmp_path: Path) -> None:
     assert "vllm" not in text
 
 
+@pytest.mark.parametrize(
+    ("failure", "standing"), [("rollback", "rolled back"), ("stop", "refused")]
+)
+def test_scores_of_the_base_are_no_results_of_a_run_that_came_to_nothing(
+    tmp_path: Path, failure: str, standing: str
+) -> None:
+    assert made.REFUSED.gate is not None
+    refused = replace(made.REFUSED, gate=replace(made.REFUSED.gate, on_failure=failure))
+    run = made.write_run(tmp_path / "run", (refused,), adapters=False)
+    text = write_report(run).card.read_text(encoding="utf-8")
+    assert not ModelCard(text).data.eval_results
+    assert f"| 3.214 | 3.804 ({standing}) |" in text
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     text = write_report(hostile.write_run(tmp_path)).card.read_text(encoding="utf-8")
     card = card_in(text)

@@ -82,6 +82,11 @@ def test_what_may_be_chance_is_marked(tmp_path: Path) -> None:
         ),
         ((made.Made("chat", status="failed"),), "No stage is finished yet: chat failed."),
         ((made.Made("chat", status="waiting"),), "No stage is finished yet."),
+        ((made.REFUSED,), "No stage is left: slang cost more than allowed and was rolled back."),
+        (
+            (made.REFUSED, made.Made("chat", status="waiting")),
+            "No stage is finished yet: slang cost more than allowed and was rolled back.",
+        ),
         ((made.CHAIN[0], made.REFUSED), "slang cost more than allowed and was rolled back."),
     ],
 )

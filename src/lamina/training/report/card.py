@@ -112,7 +112,8 @@ def _datasets(facts: RunFacts) -> Iterator[str]:
 
 
 def _results(facts: RunFacts, matrix: ShownMatrix) -> Iterator[EvalResult]:
-    for shown in matrix.rows:
+    # Without a stage that counts, the last value is the base's, which is no result of this.
+    for shown in matrix.rows if facts.end is not None else ():
         score = shown.row.cells[-1].score
         if score is None or not math.isfinite(score.value):
             continue

@@ -15,7 +15,8 @@ from lamina.training.report.written import count_of, joined, value
 def sentence_of(facts: RunFacts, matrix: Matrix) -> str:
     """The sentence; where nothing was measured, or nothing is finished, it says so."""
     if facts.end is None:
-        return f"No stage is finished yet{_stopped(facts)}."
+        left = [each for each in facts.stages if each.standing != "rolled back"]
+        return f"No stage is {'finished yet' if left else 'left'}{_stopped(facts)}."
     compared = [row for row in matrix.rows if row.cells[0].score and row.cells[-1].score]
     told = _measured(compared, facts.end.name) if compared else _unmeasured(facts)
     return f"{told}{_unfinished(facts)}."
@@ -125,4 +126,6 @@ def _stopped(facts: RunFacts) -> str:
         if each.standing in {"failed", "interrupted", "cut off", "refused"}:
             words = {"refused": "was refused by its gate", "cut off": "was cut off"}
             return f": {each.name} {words.get(each.standing, each.standing)}"
-    return ""
+    refused = [each.name for each in facts.stages if each.standing == "rolled back"]
+    verb = "was" if len(refused) == 1 else "were"
+    return f": {joined(refused)} cost more than allowed and {verb} rolled back" if refused else ""
