@@ -66,6 +66,7 @@ def test_a_run_leaves_stages_logs_and_a_state(finished: Path) -> None:
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
         "a",
         "b",
+        "evaluation.json",
         "logs",
         "run.json",
     ]
