@@ -163,6 +163,19 @@ def test_prompts_of_files(tmp_path: Path) -> None:
         prompts_of(["a", ""])
 
 
+def test_prompts_of_the_same_text_are_told_apart(tmp_path: Path) -> None:
+    # As a plan has them that asks for a long and a short answer.
+    write_state(tmp_path)
+    texts = {name: [f"{name} one", f"{name} two"] for name in ("base", "domain", "chat", "dpo")}
+    write_answers(tmp_path, texts, ["w5", "w5"])
+    found = recorded(tmp_path)
+    assert found is not None
+    assert [[each.text for each in prompt.answers] for prompt in found.prompts] == [
+        ["base one", "domain one", "chat one", "dpo one"],
+        ["base two", "domain two", "chat two", "dpo two"],
+    ]
+
+
 def test_a_broken_state_is_an_error(out: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(out, folder)

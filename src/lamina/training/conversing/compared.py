@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,25 +99,28 @@ def recorded(path: str | Path, stages: Sequence[str] | None = None) -> Compared 
     chain = RunState.read(folder).chain
     asked = tuple(stages) if stages else tuple(n for n in (BASE, *chain) if n in there)
     _check_there(asked, tuple(there), folder)
-    prompts = list(dict.fromkeys(each.prompt for name in asked for each in there[name]))
+    keyed = {name: dict(_keyed(there[name])) for name in asked}
     return Compared(
         path=str(folder),
         base="",
         asked=asked,
         prompts=tuple(
             PromptAnswers(
-                prompt,
-                tuple(
-                    _told(name, each)
-                    for name in asked
-                    for each in there[name]
-                    if each.prompt == prompt
-                ),
+                key[0],
+                tuple(_told(name, keyed[name][key]) for name in asked if key in keyed[name]),
             )
-            for prompt in prompts
+            for key in dict.fromkeys(key for name in asked for key in keyed[name])
         ),
         recorded=True,
     )
+
+
+def _keyed(answers: Sequence[Answer]) -> Iterator[tuple[tuple[str, int], Answer]]:
+    """By its prompt, and which of those with the same text."""
+    seen: Counter[str] = Counter()
+    for each in answers:
+        yield (each.prompt, seen[each.prompt]), each
+        seen[each.prompt] += 1
 
 
 def _told(name: str, answer: Answer) -> StageAnswer:
