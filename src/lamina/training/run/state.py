@@ -17,7 +17,7 @@ from lamina.training.run.identity import digest
 
 FILE = "run.json"
 FORMAT = 1
-_CURE = "delete it, and all stages are run anew; or give another output_dir"
+_CURE = "move it and the stages' directories away, and all are run anew; or give another output_dir"
 
 
 @dataclass(frozen=True)
