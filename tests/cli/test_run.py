@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from lamina.amounts import duration
 from lamina.cli import app
-from lamina.cli.progress import View, span
+from lamina.cli.progress import View
 from lamina.training.run.told import StageResult
 from tests.cli.test_app import modules_after
 from tests.training.run import plans
@@ -136,7 +137,7 @@ def test_the_view_of_a_terminal_fits_into_it() -> None:
 
 
 def test_spans_of_time_are_short() -> None:
-    assert [span(each) for each in (4.21, 200, 7500)] == ["4.2 s", "3:20 min", "2:05 h"]
+    assert [duration(each) for each in (4.21, 200, 7500)] == ["4.2 s", "3:20 min", "2:05 h"]
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Base
-from lamina.cli.terminal import console, count_of, facts, hush_loading, print_error
+from lamina.cli.terminal import console, facts, hush_loading, print_error
 from lamina.cli.verify import LoadDtype
 from lamina.errors import DataError, LaminaError, VerificationError, escaped
 

@@ -13,9 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Base, Json
 from lamina.cli.chat import Device, Dtype, LoadIn4bit, NoVerify, Tokenizer, or_unverified
-from lamina.cli.terminal import console, count_of, hush_loading, print_json
+from lamina.cli.terminal import console, hush_loading, print_json
 from lamina.errors import DataError
 
 if TYPE_CHECKING:

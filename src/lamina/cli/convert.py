@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Json, ReplaceAdapter
 from lamina.cli.merge import Dtype
-from lamina.cli.terminal import console, count_of, facts, print_json, some, span, table
+from lamina.cli.terminal import console, facts, print_json, some, span, table
 from lamina.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, count_of, print_json, some
+from lamina.cli.terminal import console, print_json, some
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import size
 from lamina.cli.arguments import Json
-from lamina.cli.terminal import console, facts, print_json, size
+from lamina.cli.terminal import console, facts, print_json
 
 
 def env(

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of, size
 from lamina.checkpoint.export.vllm_ranks import VLLM_DEFAULT_RANK
 from lamina.cli.arguments import Base, Directory, Json, Revision, Subfolder
 from lamina.cli.merge import Dtype
-from lamina.cli.terminal import console, count_of, facts, hush_loading, print_json, size, span
+from lamina.cli.terminal import console, facts, hush_loading, print_json, span
 from lamina.errors import ExportError
 
 if TYPE_CHECKING:

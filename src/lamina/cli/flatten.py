@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import (
     AllowBaseMismatch,
     Directory,
@@ -19,16 +20,7 @@ from lamina.cli.arguments import (
     Revision,
     Subfolder,
 )
-from lamina.cli.terminal import (
-    console,
-    count_of,
-    facts,
-    hush_loading,
-    print_json,
-    some,
-    span,
-    table,
-)
+from lamina.cli.terminal import console, facts, hush_loading, print_json, some, span, table
 
 if TYPE_CHECKING:
     from lamina.stages.flatten import FlattenReport, ModuleReport

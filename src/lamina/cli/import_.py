@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Json
-from lamina.cli.terminal import console, count_of, print_json
+from lamina.cli.terminal import console, print_json
 
 INCOMPLETE = 1
 

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lamina.amounts import count_of, short, size
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, count_of, facts, print_json, short, size, some, span, table
+from lamina.cli.terminal import console, facts, print_json, some, span, table
 from lamina.config.readable import readable
 
 # Lines; a broken file may have as many faults as tensors.

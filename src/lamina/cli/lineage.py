@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from rich.tree import Tree
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
 from lamina.cli.inspect import base_line, metrics_line, when
-from lamina.cli.terminal import console, count_of, print_json, some, span
+from lamina.cli.terminal import console, print_json, some, span
 
 if TYPE_CHECKING:
     from lamina.checkpoint.chain import Chain, RankGroup, StageSummary

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import size
 from lamina.cli.arguments import AllowBaseMismatch, Base, Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, facts, hush_loading, print_json, size
+from lamina.cli.terminal import console, facts, hush_loading, print_json
 
 if TYPE_CHECKING:
     from lamina.stages.merged import MergeReport, Verified

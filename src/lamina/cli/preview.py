@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Json
-from lamina.cli.terminal import console, count_of, facts, print_json, table
+from lamina.cli.terminal import console, facts, print_json, table
 
 if TYPE_CHECKING:
     from lamina.training.data.prepare import SourceReport

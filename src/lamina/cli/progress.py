@@ -14,8 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lamina.amounts import duration, size
 from lamina.cli.matrix import in_figures
-from lamina.cli.terminal import console, size
+from lamina.cli.terminal import console
 from lamina.training.evaluate.scores import Score
 from lamina.training.run.state import Judgement
 from lamina.training.run.told import StageResult, Told
@@ -93,7 +94,7 @@ class Lines(Told):
 
     def stage_ends(self, result: StageResult) -> None:
         """How it ended."""
-        took = f" in {span(result.seconds)}" if result.seconds else ""
+        took = f" in {duration(result.seconds)}" if result.seconds else ""
         self._say(f"{result.name} {result.status}{took}")
 
     def _say(self, text: str) -> None:
@@ -214,7 +215,7 @@ class View(Told):
         row.status, row.began = result.status, None
         row.step = row.steps = result.steps
         row.loss = (result.metrics or {}).get("train_loss", row.loss)
-        took = span(result.seconds) if result.seconds else ""
+        took = duration(result.seconds) if result.seconds else ""
         row.note = ", ".join(filter(None, (took, row.gate or row.note)))
 
     def _base_is_done(self) -> None:
@@ -232,7 +233,7 @@ def _pace(row: _Row, now: float) -> str:
     if not done or spent <= 0:
         return ""
     left = (row.steps - row.step) * spent / done
-    return f"{done / spent:,.1f}/s, {span(left)} left"
+    return f"{done / spent:,.1f}/s, {duration(left)} left"
 
 
 def scored(score: Score | None) -> str:
@@ -255,13 +256,3 @@ def numbers(values: Mapping[str, Any]) -> str:
         f"{name} {values[name]:.4g}" for name in shown if isinstance(values.get(name), (int, float))
     ]
     return "  ".join(told)
-
-
-def span(seconds: float) -> str:
-    """A span of time: `4.2 s`, `3:20 min`, `2:05 h`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes}:{int(seconds % 60):02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d} h"

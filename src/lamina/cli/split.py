@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of
 from lamina.cli.arguments import Directory, Json, Revision, Subfolder
-from lamina.cli.terminal import console, count_of, facts, print_json, some, span, table
+from lamina.cli.terminal import console, facts, print_json, some, span, table
 
 if TYPE_CHECKING:
     from lamina.stages.split import StagePart

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import duration
 from lamina.cli.arguments import Json
 from lamina.cli.matrix import print_matrix
-from lamina.cli.progress import span
 from lamina.cli.terminal import console, print_json, table
 
 if TYPE_CHECKING:
@@ -52,6 +52,6 @@ def _row(stage: StageStatus) -> list[str]:
         stage.status,
         "" if stage.steps is None else f"{stage.step:,}/{stage.steps:,}",
         "" if stage.loss is None else f"{stage.loss:.4f}",
-        span(stage.seconds) if stage.seconds else "",
+        duration(stage.seconds) if stage.seconds else "",
         stage.why,
     ]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import count_of, short
 from lamina.cli.arguments import Json, Revision
-from lamina.cli.terminal import console, count_of, facts, print_json, short, some, table
+from lamina.cli.terminal import console, facts, print_json, some, table
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -120,34 +120,10 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return made
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that suits them: `52.1 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def short(count: int) -> str:
-    """A large number in three digits: `135M`."""
-    value = float(count)
-    for unit in ("", "K", "M", "B"):
-        if abs(value) < 999.5 or unit == "B":
-            return f"{value:.3g}{unit}" if unit else f"{count}"
-        value /= 1000
-    raise AssertionError("unreachable")
-
-
 def span(values: tuple[int, int]) -> str:
     """A smallest and a largest value: `4`, `4-8`."""
     least, most = values
     return str(least) if least == most else f"{least}-{most}"
-
-
-def count_of(number: int, thing: str) -> str:
-    """`1 module`, `2 modules`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def some(names: Sequence[str], shown: int = 4) -> str:

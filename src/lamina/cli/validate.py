@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lamina.amounts import short, size
 from lamina.cli.arguments import Json
-from lamina.cli.terminal import console, facts, print_json, short, size, table
+from lamina.cli.terminal import console, facts, print_json, table
 
 if TYPE_CHECKING:
     from rich.console import Console

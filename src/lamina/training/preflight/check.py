@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lamina.amounts import size
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Document, Fault
 from lamina.training.plan.located import located
@@ -126,7 +127,7 @@ def _too_much(needs: tuple[Need, ...]) -> list[Fault]:
         if limit is not None and certain > limit:
             what = "free" if need.what == "disk" else "there"
             told = (
-                f"needs {_size(certain)} of {need.what}, and {need.where} has {_size(limit)} {what}"
+                f"needs {size(certain)} of {need.what}, and {need.where} has {size(limit)} {what}"
             )
             faults.append(((where,), told))
     return faults
@@ -134,7 +135,7 @@ def _too_much(needs: tuple[Need, ...]) -> list[Fault]:
 
 def _tight(needs: tuple[Need, ...]) -> list[str]:
     return [
-        f"about {_size(need.bytes)} of {need.what} are needed and {_size(need.free)} are free in "
+        f"about {size(need.bytes)} of {need.what} are needed and {size(need.free)} are free in "
         f"{need.where}: a smaller per_device_train_batch_size, max_length or "
         "gradient_checkpointing: true takes less"
         for need in needs
@@ -149,7 +150,3 @@ def _idle(plan: Plan, reports: tuple[StageReport, ...]) -> list[str]:
         for stage, report in zip(plan.stages, reports, strict=True)
         if report.steps == 1 and plan.settings_of(stage).warmup_steps
     ]
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"

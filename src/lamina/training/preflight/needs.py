@@ -51,7 +51,7 @@ def memory_need(plan: Plan, base: Base, adapters: list[Adapter]) -> Need:
 
 
 def disk_need(plan: Plan, adapters: list[Adapter]) -> Need:
-    """Disk of all stages, and of the checkpoints of one."""
+    """Disk of all stages, and of the checkpoints of one, less what a run has there already."""
     saved, largest = 0, 0
     for place, stage in enumerate(plan.stages):
         settings = plan.settings_of(stage)
@@ -63,8 +63,13 @@ def disk_need(plan: Plan, adapters: list[Adapter]) -> Need:
     while not folder.is_dir():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    parts = {"adapters": saved, "checkpoints": largest}
+    there = sum(_bytes_in(Path(plan.output_dir).expanduser() / each.name) for each in plan.stages)
+    parts = {"adapters": max(0, saved - there), "checkpoints": largest}
     return Need("disk", str(folder), parts, usage.free, usage.total)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def state_bytes(optimizer: str) -> int:

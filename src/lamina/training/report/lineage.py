@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from lamina.amounts import count_of
 from lamina.training.report.facts import RunFacts, StageFacts
-from lamina.training.report.written import count_of, ranks, short, span
+from lamina.training.report.written import ranks, short, span
 
 # How many boxes stand side by side; more go one below the other.
 _ABREAST = 5

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lamina.amounts import count_of
 from lamina.training.evaluate.scores import Answer, Judged, ModuleDrift
 from lamina.training.report.facts import RunFacts, StageFacts
 from lamina.training.report.figures.drift import place_of
 from lamina.training.report.lineage import rank_line
 from lamina.training.report.written import (
     UNKNOWN,
-    count_of,
     joined,
     ranks,
     share,

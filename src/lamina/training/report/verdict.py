@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lamina.amounts import count_of
 from lamina.training.evaluate.matrix import Matrix, Row
 from lamina.training.evaluate.scores import Score
 from lamina.training.report.facts import RunFacts
 from lamina.training.report.heat import better_by, is_change, is_unsure
-from lamina.training.report.written import count_of, joined, value
+from lamina.training.report.written import joined, value
 
 
 def sentence_of(facts: RunFacts, matrix: Matrix) -> str:

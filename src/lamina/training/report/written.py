@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lamina import amounts
+
 MINUS, UNKNOWN = "\N{MINUS SIGN}", "–"
 
 
@@ -54,36 +56,17 @@ def share(part: float | None, digits: int = 1) -> str:
 
 def span(seconds: float) -> str:
     """A span of time: `4.2 s`, `3:20 min`, `2:05 h`."""
-    if not seconds:
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes}:{int(seconds % 60):02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    return amounts.duration(seconds) if seconds else UNKNOWN
 
 
 def size(count: float | None) -> str:
     """Bytes in the unit that suits them: `52.1 KiB`."""
-    if count is None:
-        return UNKNOWN
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    return UNKNOWN if count is None else amounts.size(count)
 
 
 def short(count: float | None) -> str:
     """A large number in three digits: `135M`."""
-    if count is None:
-        return UNKNOWN
-    for unit in ("", "K", "M", "B"):
-        if abs(count) < 999.5 or unit == "B":
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    return UNKNOWN if count is None else amounts.short(count)
 
 
 def whole(count: int | None) -> str:
@@ -95,11 +78,6 @@ def ranks(least_and_most: tuple[int, int]) -> str:
     """`8`, or `4–8` where modules differ."""
     least, most = least_and_most
     return str(least) if least == most else f"{least}–{most}"
-
-
-def count_of(number: int, thing: str) -> str:
-    """`1 module`, `2 modules`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def joined(names: list[str], most: int = 3) -> str:
