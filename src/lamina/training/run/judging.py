@@ -31,13 +31,13 @@ class Saved:
 
     Attributes:
         name: of the stage.
-        weights: the digest of its tensors.
+        identity: what its hash and its tensors come to.
         built_on: the stage that it was begun on; None is the base.
         head: what it answers with.
     """
 
     name: str
-    weights: str | None
+    identity: str
     built_on: str | None
     head: Literal["language", "reward"]
 
@@ -88,7 +88,7 @@ class Judging:
         """
         directory = self._directory / saved.name
         before = None if saved.built_on is None else self._directory / saved.built_on
-        identity = digest({"base": self._base, "weights": saved.weights})
+        identity = digest({"base": self._base, "stage": saved.identity})
         subject = Subject(identity, directory, before, saved.head)
 
         def opened() -> Any:

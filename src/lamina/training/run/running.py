@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lamina.errors import GateError, PlanError
+from lamina.errors import GateError, LaminaError, PlanError
 from lamina.extras import require
 from lamina.interop.peft import install, installed, uninstall
 from lamina.training.plan import Plan
@@ -79,7 +79,9 @@ def run_plan(
                 result = stages.all_of_them()
             except GateError:
                 if report:
-                    write_report(directory)
+                    # What the gate says is not hidden by what keeps a report from being written.
+                    with suppress(LaminaError):
+                        write_report(directory)
                 raise
             if report and not result.interrupted:
                 result = replace(result, report=str(write_report(directory).html))

@@ -201,8 +201,7 @@ class Stages:
 
     def _saved(self, stage: StagePlan, built_on: str | None) -> Saved:
         method = METHODS[self._plan.settings_of(stage).method or "sft"]
-        weights = self._state.stages[stage.name].weights
-        return Saved(stage.name, weights, built_on, method.head)
+        return Saved(stage.name, self._identity(stage.name), built_on, method.head)
 
     def _judged(self, name: str, judgement: Judgement | None) -> None:
         known = self._state.stages[name]
