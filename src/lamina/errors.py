@@ -152,6 +152,10 @@ class RunError(LaminaError, RuntimeError):
     """A run of a plan can't begin, or can't go on."""
 
 
+class DivergedError(RunError):
+    """The training of a stage came to weights that are no numbers."""
+
+
 class GateError(RunError):
     """A stage cost the evals more than its gate allows, and the run ends there."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lamina
-from lamina.errors import GateError
+from lamina.errors import DivergedError, GateError
 from lamina.training.evaluate.scores import Evaluation, Score
 from lamina.training.run import Told
 from lamina.training.run.state import RunState
@@ -239,3 +239,46 @@ def test_a_stage_without_retries_has_the_rate_that_is_asked_for(base: Path, tmp_
     first = RunState.read(tmp_path / "out").stages["b"]
     assert first.inputs["learning_rate"] == 0.5
     assert first.retries == ()
+
+
+DIVERGING = {**LAST, "name": "b", "learning_rate": 1e30, "max_grad_norm": 0}
+
+
+def test_a_stage_that_diverges_is_made_again(base: Path, tmp_path: Path) -> None:
+    gate = {"may_lose": {"texts": "90%"}, "on_failure": "retry", "retry_factor": 1e-32}
+    path = write_plan(tmp_path, [FIRST, {**DIVERGING, "gate": gate}], base=base, evals=EVALS)
+    result = plans.run(path, report=True)
+    assert [each.status for each in result.stages] == ["trained", "trained"]
+    state = RunState.read(tmp_path / "out").stages["b"]
+    assert "diverged: " in state.retries[0].faults[0]
+    assert [each.status for each in plans.run(path).stages] == ["kept", "kept"]
+
+
+def test_a_stage_that_diverges_is_rolled_back_once(base: Path, tmp_path: Path) -> None:
+    gate = {"may_lose": {"texts": "90%"}, "on_failure": "rollback"}
+    stages = [FIRST, {**DIVERGING, "gate": gate}, LAST]
+    path = write_plan(tmp_path, stages, base=base, evals=EVALS)
+    result = plans.run(path, report=True)
+    assert [each.status for each in result.stages] == ["trained", "rolled back", "trained"]
+    assert [each.status for each in status_of(tmp_path / "out").stages] == [
+        "finished",
+        "rolled back",
+        "finished",
+    ]
+    heard = Heard()
+    again = plans.run(path, console=heard)
+    assert [each.status for each in again.stages] == ["kept", "rolled back", "kept"]
+    assert heard.events == []
+
+
+@pytest.mark.parametrize("gate", [None, {"may_lose": {"texts": "90%"}}])
+def test_a_stage_that_diverges_ends_the_run(
+    gate: dict[str, Any] | None, base: Path, tmp_path: Path
+) -> None:
+    path = write_plan(tmp_path, [FIRST, {**DIVERGING, "gate": gate}], base=base, evals=EVALS)
+    with pytest.raises(DivergedError, match=r"stage 'b' diverged: \d+ of the 8 tensors"):
+        plans.run(path)
+    assert [each.status for each in status_of(tmp_path / "out").stages] == ["finished", "failed"]
+    # A rate that it can learn at begins anew.
+    result = plans.run(path, "stages.b.learning_rate=0.01", "stages.b.gate=null")
+    assert result.stages[1].status == "trained"

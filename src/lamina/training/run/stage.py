@@ -15,7 +15,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, set_seed
 
 import lamina
-from lamina.errors import RunError
+from lamina.errors import CheckpointError, DivergedError, RunError
 from lamina.model import PeftModel
 from lamina.training.data import StageData
 from lamina.training.plan import Plan, StagePlan, adapter_config
@@ -141,7 +141,8 @@ def _run(task: Task, told: Told, stop: Stop) -> Outcome:
     following = Following(task.stage.name, task.hash, Log(task.places.log, began), told, stop)
     trainer = _trainer(task, model, following, progress)
     check_trainable(model, trainer.optimizer)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _divergence_told(task, model):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps = trainer.state.global_step
     metrics = _metrics(trainer.state.log_history)
     if following.interrupted:
@@ -151,7 +152,26 @@ def _run(task: Task, told: Told, stop: Stop) -> Outcome:
             f"Stage {task.stage.name!r} made no step: its examples fill none.",
             cure="more data, a smaller per_device_train_batch_size, or no packing",
         )
-    return Outcome(False, steps, began, metrics, _save(task, model, metrics))
+    with _divergence_told(task, model):
+        return Outcome(False, steps, began, metrics, _save(task, model, metrics))
+
+
+@contextmanager
+def _divergence_told(task: Task, model: PeftModel) -> Iterator[None]:
+    """No checkpoint holds what is no number: where one is refused for that, training diverged."""
+    try:
+        yield
+    except CheckpointError as error:
+        trained = [each for each in model.parameters() if each.requires_grad]
+        broken = sum(not bool(each.isfinite().all()) for each in trained)
+        if not broken:
+            raise
+        raise DivergedError(
+            f"The training of stage {task.stage.name!r} diverged: {broken} of the {len(trained)} "
+            "tensors that it trains hold NaN or Inf.",
+            cure="a lower learning_rate, or max_grad_norm; a gate with on_failure: retry lowers "
+            "the rate by itself",
+        ) from error
 
 
 def _ended(task: Task, model: PeftModel, progress: Progress, checkpoint: Path) -> Outcome:

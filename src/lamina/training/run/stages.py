@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from lamina.errors import GateError, RunError
+from lamina.errors import DivergedError, GateError, RunError
 from lamina.storage.staging import remove_tree
 from lamina.training.data import StageData, prepare
 from lamina.training.plan import Plan, StagePlan
@@ -88,26 +88,39 @@ class Stages:
         gate = self._plan.settings_of(stage).gate
         retries = self._retries(stage, built_on)
         while True:
-            result = self._tried(number, stage, built_on, retries)
-            if result.status == "interrupted" or not self._judging.stage(
-                self._saved(stage, built_on)
-            ):
-                return replace(result, status="interrupted")
-            if gate is None:
-                self._judged(stage.name, None)
+            result, judgement = self._try(number, stage, built_on, retries)
+            if judgement is None or judgement.passed:
                 return result
-            judgement = self._judging.judgement(gate, stage.name, built_on)
-            self._judged(stage.name, judgement)
-            if judgement.passed:
-                return result
-            if gate.on_failure == "rollback":
+            if judgement.on_failure == "rollback":
                 return replace(result, status="rolled back", why="; ".join(judgement.faults))
-            if gate.on_failure != "retry" or len(retries) >= gate.max_retries:
+            if gate is None or judgement.on_failure != "retry" or len(retries) >= gate.max_retries:
                 self._told.stage_ends(replace(result, status="refused"))
                 raise _refused(stage.name, judgement, len(retries), self._directory)
             rate = self._rate(stage, len(retries))
             retries = (*retries, Retry(rate, judgement.faults))
             self._told.retried(stage.name, self._rate(stage, len(retries)))
+
+    def _try(
+        self, number: int, stage: StagePlan, built_on: str | None, retries: tuple[Retry, ...]
+    ) -> tuple[StageResult, Judgement | None]:
+        """One of them, and what the gate says of it; nothing of a stage that was interrupted."""
+        gate = self._plan.settings_of(stage).gate
+        judgement: Judgement | None = None
+        try:
+            result = self._tried(number, stage, built_on, retries)
+        except DivergedError as error:
+            if gate is None or gate.on_failure == "stop":
+                raise
+            result = StageResult(stage.name, str(self._directory / stage.name), "diverged")
+            judgement = Judgement(False, gate.on_failure, (error.what,))
+        else:
+            saved = self._saved(stage, built_on)
+            if result.status == "interrupted" or not self._judging.stage(saved):
+                return replace(result, status="interrupted"), None
+            if gate is not None:
+                judgement = self._judging.judgement(gate, stage.name, built_on)
+        self._judged(stage.name, judgement)
+        return result, judgement
 
     def _retries(self, stage: StagePlan, built_on: str | None) -> tuple[Retry, ...]:
         """Those of an earlier run, unless what they were tries of, or their rates, changed."""
@@ -145,6 +158,8 @@ class Stages:
         kept = self._kept(places, before, own)
         if kept is not None:
             return kept
+        if self._resume and before and before.hash == own and before.diverged:
+            raise DivergedError(before.why)
         why = _why(before, inputs, own)
         self._told.stage_begins(stage.name, number, why)
         task = Task(
@@ -183,6 +198,8 @@ class Stages:
             )
             told = str(error).partition("\n")[0]
             self._note(name, replace(running, status=status, why=told))
+            if isinstance(error, DivergedError):
+                remove_tree(places.work)
             raise
         seconds = time.monotonic() - began
         state = replace(

@@ -96,9 +96,15 @@ class StageState:
         return self.status == "finished" and (self.gate is None or self.gate.passed)
 
     @property
+    def diverged(self) -> bool:
+        """Whether its training came to no numbers, which its gate was told of."""
+        return self.status == "failed" and self.gate is not None
+
+    @property
     def standing(self) -> str:
-        """The status, with what a gate made of a finished stage: "rolled back" or "refused"."""
-        if self.status != "finished" or self.gate is None or self.gate.passed:
+        """The status, with what a gate made of a stage's end: "rolled back" or "refused"."""
+        ended = self.status == "finished" or self.diverged
+        if not ended or self.gate is None or self.gate.passed:
             return self.status
         return "rolled back" if self.gate.on_failure == "rollback" else "refused"
 
@@ -153,6 +159,8 @@ class RunState:
         below: str | None = None
         for name in self.order:
             stage = self.stages.get(name)
+            if stage is not None and stage.diverged and stage.standing == "rolled back":
+                continue
             if stage is None or stage.status != "finished" or not self._is_on(stage, below):
                 return
             yield name
