@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lamina.training.evaluate.scores import Evaluation, Score
 from lamina.training.run.state import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = "docs/images/support-bot-page.png"
 
 
 def demo_section(results: dict[str, Any], printed: str) -> str:
@@ -158,10 +160,25 @@ def update(root: Path) -> list[str]:
 
 
 def _copy_pictures(report: Path, images: Path, readme: str) -> None:
-    """The pictures of a report that the README shows."""
+    """The pictures of a report that the README shows, and the top of its page."""
+    if f"({PAGE})" in readme:
+        _picture_page(report / "index.html", images / Path(PAGE).name)
     for name in re.findall(r"\(docs/images/support-bot-([\w-]+\.png)\)", readme):
         images.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report / name, images / f"support-bot-{name}")
+        if f"docs/images/support-bot-{name}" != PAGE:
+            shutil.copyfile(report / name, images / f"support-bot-{name}")
+
+
+def _picture_page(page: Path, image: Path) -> None:
+    """What a browser shows of a page first; without Chromium the picture stays as it is."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        print(f"no chromium: {image} is left as it is")
+        return
+    image.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    shown = [f"--screenshot={image}", "--window-size=1280,1130", page.resolve().as_uri()]
+    subprocess.run([browser, *flags, *shown], check=True, capture_output=True)
 
 
 if __name__ == "__main__":
