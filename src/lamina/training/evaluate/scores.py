@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import RunError
 from lamina.storage.whole import write_whole
-from lamina.training.noted import understood
+from lamina.training.noted import read_notes
 
 FILE = "evaluation.json"
 FORMAT = 1
@@ -202,19 +201,16 @@ class Evaluation:
         file = directory / FILE
         if not file.is_file():
             return cls()
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["format"] != FORMAT:
-                raise ValueError(f"it has format {told['format']}, this version reads {FORMAT}")
-            found = cls(
-                base=Judged.from_dict(told["base"]),
-                stages={name: Judged.from_dict(each) for name, each in told["stages"].items()},
-                evals=tuple(told["evals"]),
-                learnt_in=dict(told["learnt_in"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"{file} can't be read: {error}.", cure=_CURE) from error
-        return understood(found, file, cure=_CURE)
+        return read_notes(file, FORMAT, cls._from_dict, cure=_CURE)
+
+    @classmethod
+    def _from_dict(cls, told: Mapping[str, Any]) -> Evaluation:
+        return cls(
+            base=Judged.from_dict(told["base"]),
+            stages={name: Judged.from_dict(each) for name, each in told["stages"].items()},
+            evals=tuple(told["evals"]),
+            learnt_in=dict(told["learnt_in"]),
+        )
 
 
 # JSON has no words for these.

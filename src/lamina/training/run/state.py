@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina.errors import RunError
 from lamina.storage.atomic import ADAPTER_FILES
 from lamina.storage.whole import write_whole
-from lamina.training.noted import understood
+from lamina.training.noted import read_notes
 from lamina.training.run.identity import digest
 
 FILE = "run.json"
@@ -198,16 +197,12 @@ class RunState:
         file = directory / FILE
         if not file.is_file():
             return cls()
-        try:
-            document = json.loads(file.read_text())
-            known = document["format"]
-            if known != FORMAT:
-                raise ValueError(f"it has format {known}, this version reads {FORMAT}")
-            stages = {name: StageState.from_dict(each) for name, each in document["stages"].items()}
-            found = cls(stages, tuple(document["order"]), document.get("base", ""))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RunError(f"{file} can't be read: {error}.", cure=_CURE) from error
-        return understood(found, file, cure=_CURE)
+        return read_notes(file, FORMAT, cls._from_dict, cure=_CURE)
+
+    @classmethod
+    def _from_dict(cls, told: dict[str, Any]) -> RunState:
+        stages = {name: StageState.from_dict(each) for name, each in told["stages"].items()}
+        return cls(stages, tuple(told["order"]), told.get("base", ""))
 
 
 def adapter_digests(directory: Path) -> dict[str, str]:
