@@ -12,7 +12,7 @@ import torch
 from lamina.checkpoint.adapter import read_adapter
 from lamina.errors import StageError
 from lamina.model import PeftModel, loading
-from lamina.stages.earlier import earlier, record_in
+from lamina.stages.earlier import earlier
 from tests import models
 from tests.stages.chains import (
     answer,
@@ -56,10 +56,10 @@ def test_ranks_that_nobody_trained_on_need_no_other_directory(chain: Path, tmp_p
         expected = answer(PeftModel.from_pretrained(models.tiny_llama(), chain / stage).eval())
         assert distance(answered(tmp_path / "alone", stage), expected) < 1e-5
     file = earlier(read_adapter(tmp_path / "alone"), "dpo")
-    record = record_in(file)
+    record = file.record()
     assert [each.name for each in record.stages] == ["domain", "chat", "dpo"]
     # What it answered when it was saved still holds.
-    assert record.newest.probe == record_in(read_adapter(chain / "dpo")).newest.probe
+    assert record.newest.probe == read_adapter(chain / "dpo").record().newest.probe
 
 
 def test_ranks_that_were_trained_on_are_told_of_where_they_are_gone(
@@ -75,7 +75,7 @@ def test_ranks_that_were_trained_on_are_told_of_where_they_are_gone(
 def test_a_directory_of_another_chain_is_not_taken_for_it(chain: Path, tmp_path: Path) -> None:
     # Of the same names and modes, and saved in the same second.
     run_chain(tmp_path, CHAIN[:2], seed=3)
-    saved = record_in(read_adapter(chain / "chat"))
+    saved = read_adapter(chain / "chat").record()
 
     def same_times(record: Any) -> None:
         for stage, other in zip(record["stages"], saved.stages, strict=True):

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lamina.checkpoint.header import read_headers
+from lamina.checkpoint.origin import record_of
+from lamina.checkpoint.record import StageRecord
 from lamina.checkpoint.written import check_whole, check_written
 from lamina.config import CONFIG_NAME, LoraConfig, PeftConfig
 from lamina.errors import CheckpointError
@@ -35,6 +37,19 @@ class AdapterFile:
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the tensors, by their names."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
+    def record(self) -> StageRecord:
+        """What made it; of a plain adapter, one stage of unknown origin.
+
+        Raises:
+            RecordError: the record contradicts the tensors.
+        """
+        return record_of(self.config, self.shapes, self.metadata, source=self.source)
 
 
 def read_adapter(

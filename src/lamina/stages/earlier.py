@@ -8,19 +8,12 @@ from typing import Any
 
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.checkpoint.chain import makers_of
-from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord, read_record
 from lamina.errors import LaminaError, StageError, nearest
 from lamina.stages.assembling import adapter_of
 from lamina.stages.configs import scaling_of
 from lamina.stages.lamination import Chain, take_apart
 from lamina.stages.selection import select
-
-
-def record_in(file: AdapterFile) -> StageRecord:
-    """The record of a file that was read; of a plain adapter, one stage of unknown origin."""
-    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    return record_of(file.config, shapes, file.metadata, source=file.source)
 
 
 def earlier(file: AdapterFile, stage: str) -> AdapterFile:
@@ -37,7 +30,7 @@ def earlier(file: AdapterFile, stage: str) -> AdapterFile:
     Raises:
         StageError: there is no such stage, or it is in neither place as it was.
     """
-    record = record_in(file)
+    record = file.record()
     names = [each.name for each in record.stages]
     if stage not in names:
         close = nearest(stage, names)

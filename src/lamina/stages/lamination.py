@@ -15,7 +15,6 @@ from lamina.checkpoint.origin import (
     LEAVES,
     PREFIX,
     plain_key,
-    record_of,
     rows_in,
     split_key,
 )
@@ -96,8 +95,7 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
             "rank) makes plain LoRA of it, to build stages on",
         )
     file = replace(file, tensors={plain_key(key): x for key, x in file.tensors.items()})
-    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    record = record_of(file.config, shapes, file.metadata, source=file.source)
+    record = file.record()
     refuse_edited_config(file, record)
     if not record.laminae:
         raise CheckpointError(
@@ -125,7 +123,7 @@ def take_apart(file: AdapterFile, *, as_stored: bool = False) -> Chain:
         _refuse_several(parts, f"in {file.source}")
         parts[-1] = replace(parts[-1], extras=extras)
     embeddings = {split_key(key)[0] for key in file.tensors if split_key(key)[1] == A_LEAVES[1]}
-    rows = rows_in(file.config, shapes)
+    rows = rows_in(file.config, file.shapes)
     return Chain(file.source, record, tuple(parts), others, frozenset(embeddings), rows)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
-from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.errors import StageError
 from lamina.model import AutoPeftModel, PeftModel, loading
@@ -58,8 +57,7 @@ def load(
     """
     hub = {name: options.pop(name) for name in loading.HUB_OPTIONS if name in options}
     file = read_adapter(path, **hub)
-    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    record = record_of(file.config, shapes, file.metadata, source=file.source)
+    record = file.record()
     if not verify:
         refuse_edited_config(file, record)
     name = record.newest.name
@@ -70,7 +68,7 @@ def load(
         if base is not None:
             # The recorded revision is one of the recorded base.
             file.config.base_model_name_or_path, file.config.revision = str(base), None
-        options = {**head_options(file.config, shapes), **options}
+        options = {**head_options(file.config, file.shapes), **options}
         whole_base = AutoPeftModel.load_base(file.config, source=str(path), **options)
     with grown(whole_base, file):
         if not allow_base_mismatch:

@@ -15,7 +15,6 @@ import torch
 
 from lamina._version import __version__
 from lamina.checkpoint.adapter import AdapterFile, read_adapter
-from lamina.checkpoint.origin import record_of
 from lamina.checkpoint.record import StageRecord
 from lamina.checkpoint.sketch import FileWeights
 from lamina.checkpoint.stream.changes import Changes, changes_of
@@ -96,8 +95,7 @@ def prepare(asked: Request) -> Prepared:
         raise NotStreamable(f"{', '.join(others)} is for loading the base")
     hub = {name: asked.options[name] for name in loading.HUB_OPTIONS if name in asked.options}
     file = read_adapter(asked.path, **hub)
-    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
-    record = record_of(file.config, shapes, file.metadata, source=file.source)
+    record = file.record()
     refuse_edited_config(file, record)
     if asked.base is not None:
         file.config.base_model_name_or_path, file.config.revision = asked.base, None

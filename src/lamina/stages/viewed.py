@@ -14,7 +14,7 @@ from lamina.checkpoint.adapter import AdapterFile, read_adapter
 from lamina.errors import MissingFileError, StageError, nearest
 from lamina.model import PeftModel, loading
 from lamina.model.vocabulary import grown
-from lamina.stages.earlier import earlier, record_in
+from lamina.stages.earlier import earlier
 from lamina.stages.verify import VerifyReport, contents_of, examine
 from lamina.stages.verify.opening import open_base, open_tokenizer
 
@@ -185,7 +185,7 @@ def _in_directories(directories: Mapping[str, Path]) -> Callable[[str], AdapterF
 
 
 def _names(file: AdapterFile) -> tuple[str, ...]:
-    return tuple(each.name for each in record_in(file).stages)
+    return tuple(each.name for each in file.record().stages)
 
 
 def _check_task(file: AdapterFile) -> None:
@@ -197,9 +197,7 @@ def _check_task(file: AdapterFile) -> None:
 
 
 def _opened_base(file: AdapterFile, how: Opening) -> Any:
-    base = open_base(
-        file, record_in(file), how.base, dtype=how.dtype, load_in_4bit=how.load_in_4bit
-    )
+    base = open_base(file, file.record(), how.base, dtype=how.dtype, load_in_4bit=how.load_in_4bit)
     if not callable(getattr(base, "generate", None)):
         raise StageError(
             f"The base of {file.source}, a {type(base).__name__}, doesn't write.",

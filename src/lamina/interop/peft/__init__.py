@@ -8,6 +8,6 @@ Lamina under peft's names and with peft's semantics. `lamina as-peft script.py` 
 script that is to stay as it is.
 """
 
-from lamina.interop.peft.install import install, installed, uninstall
+from lamina.interop.peft.install import install, installed, standing_in, uninstall
 
-__all__ = ["install", "installed", "uninstall"]
+__all__ = ["install", "installed", "standing_in", "uninstall"]

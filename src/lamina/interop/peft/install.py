@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from lamina.interop.peft.finder import Finder
@@ -50,6 +52,19 @@ def uninstall() -> None:
 def installed() -> bool:
     """Whether Lamina stands in for peft now."""
     return _finder is not None
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Lamina in the place of peft inside, whether it was before or not."""
+    if installed():
+        yield
+        return
+    install()
+    try:
+        yield
+    finally:
+        uninstall()
 
 
 def _take_modules() -> dict[str, ModuleType]:

@@ -9,7 +9,7 @@ import torch
 
 from lamina.checkpoint.adapter import AdapterFile
 from lamina.checkpoint.digest import tensors_digest
-from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, record_of, split_key
+from lamina.checkpoint.origin import A_LEAVES, B_LEAVES, PREFIX, plain_key, split_key
 from lamina.checkpoint.record import StageRecord, read_record
 from lamina.config import LoraConfig, PeftConfig
 from lamina.errors import LaminaError, RecordError
@@ -103,10 +103,9 @@ def _missing(
 
 
 def _contradictions(file: AdapterFile, missing: tuple[str, ...]) -> Iterator[str]:
-    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     modules = {split_key(key)[0] for key in missing}
     try:
-        record_of(file.config, shapes, file.metadata, source=file.source)
+        file.record()
     except RecordError as error:
         for fault in error.faults:
             if fault.partition(": rank ")[0] not in modules:

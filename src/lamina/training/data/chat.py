@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,16 @@ def check_template(example: Mapping[str, Any], tokenizer: Any) -> None:
                 tokenizer.apply_chat_template(talk, tokenize=False)
         except Exception as error:
             # Templates raise whatever Jinja and their authors like.
-            roles = ", ".join(each["role"] for each in talk)
-            raise DataError(
-                f"The chat template can't render a conversation of {roles}: {error}.",
-                cure="another chat_template, or conversations that it takes",
-            ) from error
+            cure = "another chat_template, or conversations that it takes"
+            raise unrendered(talk, error, cure) from error
+
+
+def unrendered(talk: Iterable[Mapping[str, Any]], error: Exception, cure: str) -> DataError:
+    """What is told of a conversation that a chat template can't render."""
+    roles = ", ".join(each["role"] for each in talk)
+    return DataError(
+        f"The chat template can't render a conversation of {roles}: {error}.", cure=cure
+    )
 
 
 def _loss_faults(example: Mapping[str, Any], talk: bool, settings: Settings) -> list[str]:

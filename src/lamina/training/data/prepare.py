@@ -14,6 +14,7 @@ from lamina.extras import require
 from lamina.training.data.chat import check_rendering, check_template
 from lamina.training.data.examples import Examples, quiet, read_examples
 from lamina.training.data.mixture import hold_out, mix, shares
+from lamina.training.data.refusals import together
 from lamina.training.data.source import open_data
 from lamina.training.plan.settings import Data, Settings
 
@@ -131,13 +132,8 @@ def _read(
             parts.append(read_examples(open_data(data, root), settings.method))
         except DataError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     if errors:
-        faults = [text for each in errors for text in (each.what, *each.faults)]
-        cures = "; ".join(dict.fromkeys(each.cure for each in errors if each.cure))
-        what = f"{len(errors)} of {len(entries)} datasets can't be used."
-        raise DataError(what, faults=faults, cure=cures or None)
+        raise together(errors, f"{len(errors)} of {len(entries)} datasets can't be used.")
     return parts
 
 

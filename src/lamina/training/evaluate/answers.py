@@ -9,6 +9,7 @@ from typing import Any
 
 from lamina.errors import DataError
 from lamina.stages.tokenizers import tokenizer_digest
+from lamina.training.data.chat import unrendered
 from lamina.training.evaluate.generating import end_tokens, generate
 from lamina.training.evaluate.scores import Answer
 from lamina.training.plan.schema import Prompt
@@ -119,11 +120,8 @@ def as_asked(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
         )
     except Exception as error:
         # Templates raise whatever Jinja and their authors like.
-        roles = ", ".join(each["role"] for each in messages)
-        raise DataError(
-            f"The chat template can't render a conversation of {roles}: {error}.",
-            cure="another chat template, or messages that it takes",
-        ) from error
+        cure = "another chat template, or messages that it takes"
+        raise unrendered(messages, error, cure) from error
     return list(told["input_ids"])
 
 

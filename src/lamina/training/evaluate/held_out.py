@@ -13,6 +13,7 @@ from lamina.errors import DataError, LaminaError
 from lamina.training.data import Examples, Source, open_data, read_examples
 from lamina.training.data.chat import check_rendering, check_template
 from lamina.training.data.formats import LEARNS_FROM, find_layout
+from lamina.training.data.refusals import together
 from lamina.training.data.tokens import Sequences, tokenize
 from lamina.training.evaluate.likelihood import Labelled
 from lamina.training.plan import Plan
@@ -184,19 +185,6 @@ def each_of(asked: Iterable[Any], read: Callable[[Any], _T]) -> list[_T]:
             found.append(read(each))
         except LaminaError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     if errors:
-        faults = [line for error in errors for line in lines_of(error)]
-        raise DataError("Its data can't be used.", faults=faults, cure=cure_of(errors))
+        raise together(errors, "Its data can't be used.")
     return found
-
-
-def lines_of(error: LaminaError) -> list[str]:
-    """All that an error says, but how to mend it."""
-    return [error.what, *error.faults]
-
-
-def cure_of(errors: Iterable[LaminaError]) -> str | None:
-    """How to mend several."""
-    return "; ".join(dict.fromkeys(each.cure for each in errors if each.cure)) or None

@@ -13,8 +13,9 @@ from typing import Any
 
 from lamina.errors import LaminaError, PlanError
 from lamina.stages.tokenizers import describe_tokenizer
+from lamina.training.data.refusals import cure_of, lines_of
 from lamina.training.evaluate import exact, functions, harness, losses, preferences
-from lamina.training.evaluate.held_out import Asked, cure_of, lines_of
+from lamina.training.evaluate.held_out import Asked
 from lamina.training.evaluate.material import Material
 from lamina.training.plan import Plan
 from lamina.training.plan.evals import faults_of_eval

@@ -19,7 +19,7 @@ import transformers
 
 from lamina.config import LoraConfig
 from lamina.errors import LaminaError
-from lamina.interop.peft import install, installed, uninstall
+from lamina.interop.peft import standing_in
 from lamina.stages import begin_stage
 from lamina.training.data import open_data, prepare
 from lamina.training.plan import Plan
@@ -99,9 +99,7 @@ def _place(document: Document, stage: int, told: str) -> Where:
 @contextmanager
 def _surroundings() -> Iterator[None]:
     with ExitStack() as stack:
-        if not installed():
-            install()
-            stack.callback(uninstall)
+        stack.enter_context(standing_in())
         stack.enter_context(quiet())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield

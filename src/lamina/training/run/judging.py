@@ -13,6 +13,7 @@ import torch
 import lamina
 from lamina.training.evaluate.gate import verdict
 from lamina.training.evaluate.judge import Judge, Subject
+from lamina.training.evaluate.matrix import BASE
 from lamina.training.evaluate.scores import Evaluation, Judged, Score
 from lamina.training.plan import Plan
 from lamina.training.plan.settings import Gate
@@ -21,8 +22,6 @@ from lamina.training.run.identity import base_identity, digest
 from lamina.training.run.interrupts import Stop
 from lamina.training.run.state import Judgement
 from lamina.training.run.told import Told
-
-BASE = "base"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lamina.errors import GateError, LaminaError, PlanError
 from lamina.extras import require
-from lamina.interop.peft import install, installed, uninstall
+from lamina.interop.peft import standing_in
 from lamina.training.plan import Plan
 from lamina.training.plan.document import Document
 from lamina.training.plan.located import located
@@ -92,9 +92,7 @@ def run_plan(
 def _surroundings(plan: Plan, folder: Path) -> Iterator[Stop]:
     """Lamina's models are peft's to the trainers, and libraries keep quiet, inside."""
     with ExitStack() as stack:
-        if not installed():
-            install()
-            stack.callback(uninstall)
+        stack.enter_context(standing_in())
         stack.enter_context(quiet())
         if _has_functions(plan):
             # Else a folder of results that is called as a library is would be taken for that.

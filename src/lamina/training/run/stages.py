@@ -86,9 +86,12 @@ class Stages:
     def _one(self, number: int, stage: StagePlan, built_on: str | None) -> StageResult:
         """A stage with all its tries."""
         gate = self._plan.settings_of(stage).gate
-        retries = self._retries(stage, built_on)
+        # With the stages before it rolled back it is the first.
+        begun = stage if built_on else stage.model_copy(update={"mode": None})
+        inputs = self._inputs(begun, built_on)
+        retries = self._retries(stage, digest(inputs))
         while True:
-            result, judgement = self._try(number, stage, built_on, retries)
+            result, judgement = self._try(number, begun, built_on, inputs, retries)
             if judgement is None or judgement.passed:
                 return result
             if judgement.on_failure == "rollback":
@@ -101,13 +104,18 @@ class Stages:
             self._told.retried(stage.name, self._rate(stage, len(retries)))
 
     def _try(
-        self, number: int, stage: StagePlan, built_on: str | None, retries: tuple[Retry, ...]
+        self,
+        number: int,
+        stage: StagePlan,
+        built_on: str | None,
+        inputs: Inputs,
+        retries: tuple[Retry, ...],
     ) -> tuple[StageResult, Judgement | None]:
         """One of them, and what the gate says of it; nothing of a stage that was interrupted."""
         gate = self._plan.settings_of(stage).gate
         judgement: Judgement | None = None
         try:
-            result = self._tried(number, stage, built_on, retries)
+            result = self._tried(number, stage, built_on, inputs, retries)
         except DivergedError as error:
             if gate is None or gate.on_failure == "stop":
                 raise
@@ -122,13 +130,13 @@ class Stages:
         self._judged(stage.name, judgement)
         return result, judgement
 
-    def _retries(self, stage: StagePlan, built_on: str | None) -> tuple[Retry, ...]:
+    def _retries(self, stage: StagePlan, first: str) -> tuple[Retry, ...]:
         """Those of an earlier run, unless what they were tries of, or their rates, changed."""
         gate = self._plan.settings_of(stage).gate
         before = self._state.stages.get(stage.name)
         if gate is None or gate.on_failure != "retry" or before is None or not self._resume:
             return ()
-        if before.first != digest(self._inputs(self._begun(stage, built_on), built_on)):
+        if before.first != first:
             return ()
         tries = enumerate(before.retries)
         same = takewhile(lambda each: each[1].learning_rate == self._rate(stage, each[0]), tries)
@@ -140,19 +148,19 @@ class Stages:
         factor = settings.gate.retry_factor if settings.gate else 1.0
         return settings.learning_rate * factor**retries
 
-    def _begun(self, stage: StagePlan, built_on: str | None) -> StagePlan:
-        """A stage as it is begun: with the stages before it rolled back it is the first."""
-        return stage if built_on else stage.model_copy(update={"mode": None})
-
     def _tried(
-        self, number: int, stage: StagePlan, built_on: str | None, retries: tuple[Retry, ...]
+        self,
+        number: int,
+        stage: StagePlan,
+        built_on: str | None,
+        inputs: Inputs,
+        retries: tuple[Retry, ...],
     ) -> StageResult:
         places = Places(self._directory, stage.name)
-        stage = self._begun(stage, built_on)
-        first = digest(self._inputs(stage, built_on))
+        first = digest(inputs)
         if retries:
-            stage = stage.model_copy(update={"learning_rate": self._rate(stage, len(retries))})
-        inputs = self._inputs(stage, built_on)
+            lower = {"learning_rate": self._rate(stage, len(retries))}
+            stage, inputs = stage.model_copy(update=lower), {**inputs, **lower}
         own = digest(inputs)
         before = self._state.stages.get(stage.name)
         kept = self._kept(places, before, own)
